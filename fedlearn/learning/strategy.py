@@ -1,0 +1,163 @@
+"""A strategy is two pure rules: what a client does besides plain SGD, and what becomes of the aggregate.
+
+Both rules take named arrays and return named arrays; randomness, state and hyper-parameters are arguments; there is no I/O. So one
+definition serves the sequential oracle, batched engines, the gRPC link and Flower.
+
+Client rules are written with element-wise operations on torch tensors only. A leading client dimension on any of them
+therefore broadcasts, and many clients can train as one batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from fedlearn.arrays import Arrays
+from fedlearn.learning.update import DELTA, Aggregate, Release
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedlearn.aggregation.stack import UpdateStack
+
+    Tensors = Mapping[str, torch.Tensor]
+    Direction = Callable[[Tensors, Tensors], Tensors]
+
+
+@dataclass(frozen=True)
+class ClientStart:
+    """What a client has before its first local step.
+
+    Args:
+        model: the global weights.
+        shared: what the server sent beside them (SCAFFOLD's control variate).
+        state: this client's own memory from earlier rounds; empty the first time. It never leaves the client.
+    """
+
+    model: Tensors
+    shared: Tensors = field(default_factory=dict)
+    state: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of local training: where it starts, and how its gradient is turned.
+
+    Args:
+        name: `MAIN` for the pass whose result is released; the name also seeds the order of batches.
+        initial: weights before the first step.
+        direction: (gradient, weights) -> what the optimiser steps along. None for the plain gradient.
+    """
+
+    name: str
+    initial: Tensors
+    direction: Direction | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished pass: final weights, the number of optimiser steps, and the local learning rate."""
+
+    weights: Tensors
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class ClientFinish:
+    """What a client has after its last local step: what is released, and what it keeps."""
+
+    releases: Mapping[str, Tensors]
+    state: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything the server must keep between rounds; its arrays are the checkpoint.
+
+    Args:
+        model: global weights.
+        shared: broadcast beside the model.
+        memory: the server rule's own (momenta); never leaves the server.
+        round: rounds committed so far.
+    """
+
+    model: Arrays = field(repr=False)
+    shared: Arrays = field(default_factory=dict, repr=False)
+    memory: Arrays = field(default_factory=dict, repr=False)
+    round: int = 0
+
+
+MAIN = "global"
+"""The pass whose result is released."""
+
+
+@dataclass(frozen=True)
+class Strategy(ABC):
+    """Base of all strategies: a frozen dataclass whose fields are its hyper-parameters.
+
+    The defaults here are FedAvg's client rule: train from the global weights, release the difference.
+
+    Class attributes:
+        name: as in a study.
+        paper: authors, year, and the equation or algorithm that is implemented.
+        linear: True when the aggregate is a weighted sum, so that it composes with secure aggregation and central noise.
+        releases: everything that leaves a client, in order. A privacy plan clips them jointly.
+        raw_gradient_state: True when the client's state is made from raw gradients (refused under record-level privacy).
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    linear: ClassVar[bool] = True
+    releases: ClassVar[tuple[Release, ...]] = (Release(DELTA),)
+    raw_gradient_state: ClassVar[bool] = False
+
+    # The client rule.
+
+    def client_passes(self, start: ClientStart) -> tuple[Pass, ...]:
+        """The passes of local training, in order; exactly one is named `MAIN`."""
+        return (Pass(MAIN, start.model),)
+
+    def client_finish(self, start: ClientStart, trained: Mapping[str, Trained]) -> ClientFinish:
+        """What is released and kept, from the finished passes by name."""
+        return ClientFinish({DELTA: subtract(trained[MAIN].weights, start.model)})
+
+    def client_model(self, start: ClientStart) -> Tensors:
+        """The weights that this client would use and evaluate: the global ones, unless the strategy personalises."""
+        return start.model
+
+    # The server rule.
+
+    def server_init(self, model: Arrays) -> ServerState:
+        """The state before the first round."""
+        return ServerState(model=model)
+
+    @abstractmethod
+    def server_step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
+        """The state after a round. Computes in float64 and returns the model in its own dtypes."""
+
+    def aggregate_stack(self, stack: UpdateStack) -> Arrays:  # noqa: ARG002  # linear strategies have no use for it
+        """For strategies with `linear = False`: the robust centre of the clients' deltas."""
+        raise TypeError(f"{self.name} is linear: its updates are summed, not stacked")
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Hyper-parameters by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def subtract(a: Tensors, b: Tensors) -> Tensors:
+    """a - b, array by array."""
+    return {name: a[name] - b[name] for name in b}
+
+
+def apply_step(model: Arrays, step: Arrays) -> Arrays:
+    """model + step, computed in float64 and returned in the model's dtypes."""
+    return {
+        name: (weights.astype(np.float64) + step[name].astype(np.float64)).astype(weights.dtype)
+        for name, weights in model.items()
+    }

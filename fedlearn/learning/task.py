@@ -1,0 +1,245 @@
+"""A task: data, model, loss per example and metrics, in one readable file each.
+
+A `Task` is stateless. `load` reads raw examples from a file or a package; a partitioner says which rows are whose; `split` and
+`prepare` turn one client's rows into tensors-to-be. Whatever is learnt from data (an imputation value, say) is learnt in
+`prepare` from that client's own training rows, so a simulation and a hospital that holds only its own file compute the
+same numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlearn import seeds
+from fedlearn.errors import DataError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Raw examples as they were read.
+
+    Args:
+        x: features, shape (n, ...); may hold NaN where a value is missing.
+        y: labels, shape (n, ...).
+        client: the natural client of each row (hospital, bank, user), shape (n,), or None where the data names none.
+    """
+
+    x: npt.NDArray[Any]
+    y: npt.NDArray[Any]
+    client: npt.NDArray[np.str_] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y) or (self.client is not None and len(self.client) != len(self.x)):
+            raise DataError(
+                f"examples: {len(self.x)} feature rows, {len(self.y)} labels"
+                + ("" if self.client is None else f", {len(self.client)} client ids")
+                + "; expected equal counts"
+            )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, rows: IntArray) -> Examples:
+        """The named rows, in that order."""
+        return Examples(self.x[rows], self.y[rows], None if self.client is None else self.client[rows])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prepared examples: what a model is fed.
+
+    Args:
+        x: shape (n, ...), float32 features or int64 token ids, no NaN.
+        y: shape (n, ...), int64 class ids or float32 targets.
+    """
+
+    x: npt.NDArray[Any]
+    y: npt.NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's prepared training and test examples."""
+
+    train: Batch
+    test: Batch
+
+
+@dataclass(frozen=True)
+class TaskCard:
+    """What a person wants to know of a task before using it.
+
+    Args:
+        title: one line.
+        data: where the data comes from, who made it.
+        licence: the data's licence.
+        synthetic: True when no real person or thing was measured.
+        clients: what one client is, and how many there are by nature.
+        metric: the primary metric's name; higher is better.
+        obtain: how a user gets the data ("included", or the command that installs it).
+        schema: what a site's own file must look like, one line per column or array.
+    """
+
+    title: str
+    data: str
+    licence: str
+    synthetic: bool
+    clients: str
+    metric: str
+    obtain: str
+    schema: tuple[str, ...] = ()
+
+
+class Task(ABC):
+    """Base of all tasks.
+
+    Options of a task (`[task.options]` in a study) are the keyword arguments of its constructor, kept in `options` so
+    that a study can be written back.
+    """
+
+    name: ClassVar[str]
+    card: ClassVar[TaskCard]
+
+    @abstractmethod
+    def load(self, source: Path | None = None) -> Examples:
+        """Read raw examples.
+
+        Args:
+            source: a site's own file or folder; None for the data that ships with, or is installed beside, fedlearn.
+
+        Raises:
+            DataError: the file is missing or does not fit the schema; the message names the column or array.
+        """
+
+    @abstractmethod
+    def model(self) -> torch.nn.Module:
+        """A freshly initialised model. Draws from torch's generator, which the caller has seeded (`build_model`)."""
+
+    @abstractmethod
+    def loss(self, outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Loss of each example.
+
+        Args:
+            outputs: the model's outputs, shape (batch, ...).
+            y: labels, shape (batch, ...).
+
+        Returns:
+            Shape (batch,), one loss an example, not reduced: DP-SGD and weighting need it so.
+        """
+
+    @abstractmethod
+    def metrics(self, outputs: npt.NDArray[Any], y: npt.NDArray[Any]) -> dict[str, float]:
+        """Metrics over a whole test set, the card's primary metric among them; NaN where a metric is not defined.
+
+        Args:
+            outputs: the model's outputs as float32, shape (n, ...).
+            y: labels, shape (n, ...).
+        """
+
+    def split(self, examples: Examples, seed: int, folds: int, fold: int) -> tuple[IntArray, IntArray]:
+        """Training and test rows of one client: stratified k-fold, a function of the labels' order and the seed alone.
+
+        Args:
+            examples: one client's rows.
+            seed: the seed of the split.
+            folds: k; the test share is 1/k. 1 means that all rows train and none test.
+            fold: which of the k folds is the test set, from 0.
+        """
+        return stratified_fold(examples.y, seed, folds, fold)
+
+    def prepare(self, train: Examples, test: Examples) -> ClientData:
+        """Raw rows to what the model is fed. Anything learnt from data is learnt from `train` alone."""
+        return ClientData(Batch(train.x, train.y), Batch(test.x, test.y))
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The constructor's arguments that differ from their defaults."""
+        return {}
+
+
+def stratified_fold(y: npt.NDArray[Any], seed: int, folds: int, fold: int) -> tuple[IntArray, IntArray]:
+    """Rows in and out of one of k folds, each label spread as evenly as its count allows.
+
+    Rows keep their order. Labels of more than one dimension are not stratified.
+
+    Returns:
+        Training rows and test rows, int64, ascending, disjoint, together all rows.
+    """
+    if folds < 1 or not 0 <= fold < folds:
+        raise DataError(f"fold: got {fold} of {folds}, expected 0 <= fold < folds and folds >= 1")
+    n = len(y)
+    rows = np.arange(n, dtype=np.int64)
+    if folds == 1:
+        return rows, rows[:0]
+    labels = y if y.ndim == 1 else np.zeros(n, dtype=np.int64)
+    order = seeds.numpy_generator(seed, "fold").permutation(n)
+    by_label = order[np.argsort(labels[order], kind="stable")]
+    in_test = np.zeros(n, dtype=bool)
+    in_test[by_label[fold::folds]] = True
+    return rows[~in_test], rows[in_test]
+
+
+@dataclass(frozen=True)
+class Population:
+    """All clients of a study: raw examples, and each client's rows. Nothing per client but its indices.
+
+    Args:
+        task: the task that reads and prepares.
+        examples: raw examples of everybody (in a simulation) or of one site.
+        rows: client id to its row numbers in `examples`.
+        seed: the seed of the split into training and test rows.
+        folds: see `Task.split`.
+        fold: see `Task.split`.
+    """
+
+    task: Task
+    examples: Examples
+    rows: Mapping[str, IntArray]
+    seed: int
+    folds: int = 5
+    fold: int = 0
+    _cache: dict[str, ClientData] = field(default_factory=dict, repr=False, compare=False)
+
+    CACHE_CLIENTS: ClassVar[int] = 256
+
+    @property
+    def client_ids(self) -> tuple[str, ...]:
+        """Client ids in a fixed order."""
+        return tuple(self.rows)
+
+    def client(self, client_id: str) -> ClientData:
+        """One client's prepared data; the last few clients are kept."""
+        if client_id not in self._cache:
+            if client_id not in self.rows:
+                raise DataError(f"client {client_id!r} is not in this population of {len(self.rows)} clients")
+            mine = self.examples.take(self.rows[client_id])
+            train, test = self.task.split(mine, seeds.derive(self.seed, "split", client_id), self.folds, self.fold)
+            if len(self._cache) >= self.CACHE_CLIENTS:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[client_id] = self.task.prepare(mine.take(train), mine.take(test))
+        return self._cache[client_id]
+
+
+def build_model(task: Task, seed: int) -> torch.nn.Module:
+    """The task's model with initial weights drawn from the study's seed; the global generator is left as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(seed, "model"))
+        return task.model()
