@@ -1,0 +1,175 @@
+"""Events are the one record of a run: whatever is shown, logged, stored or reported was an event first.
+
+Each event is a frozen value. `to_json` and `from_json` are exact inverses; the line format is one JSON object with the event's name, a wall
+clock time for people, and its fields.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from fedlearn.errors import StateError
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events."""
+
+    KINDS: ClassVar[dict[str, type[Event]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Event.KINDS[cls.__name__] = cls
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """A run begins, or resumes after `rounds_done` rounds."""
+
+    run: str
+    study: str
+    rounds: int
+    rounds_done: int
+    clients: tuple[str, ...]
+    parameters: int
+    metric: str
+
+
+@dataclass(frozen=True)
+class RoundStarted(Event):
+    """A cohort was picked and the model is on its way."""
+
+    run: str
+    round: int
+    attempt: int
+    cohort_size: int
+
+
+@dataclass(frozen=True)
+class ClientFinished(Event):
+    """A client's update entered the sum."""
+
+    run: str
+    round: int
+    client: str
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientDropped(Event):
+    """A client's update did not enter the sum: it vanished, refused, crashed, or what it sent was rejected."""
+
+    run: str
+    round: int
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundVoid(Event):
+    """An attempt ended without a sum."""
+
+    run: str
+    round: int
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundFinished(Event):
+    """The server rule made a new model and it was committed."""
+
+    run: str
+    round: int
+    attempt: int
+    clients: int
+    dropped: int
+    seconds: float
+    train_loss: float
+    update_norm: float
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """Clients scored the model of a round on their own test rows.
+
+    `mean` weights clients by test examples and leaves out those where a metric is undefined.
+    """
+
+    run: str
+    round: int
+    mean: Mapping[str, float]
+    clients: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """The last round is committed."""
+
+    run: str
+    rounds: int
+    seconds: float
+    model_digest: str
+
+
+@dataclass(frozen=True)
+class RunStopped(Event):
+    """Somebody stopped the run; what was committed is kept."""
+
+    run: str
+    rounds_done: int
+
+
+@dataclass(frozen=True)
+class RunFailed(Event):
+    """The run ended without a model, for a reason."""
+
+    run: str
+    reason: str
+
+
+Emit = Callable[[Event], None]
+
+
+def to_dict(event: Event, wall_s: float) -> dict[str, Any]:
+    """The event as plain JSON types; NaN and infinities become null."""
+    return {"event": type(event).__name__, "at": round(wall_s, 3), **_plain(asdict(event))}
+
+
+def to_json(event: Event, wall_s: float) -> str:
+    """The event as one line of JSON."""
+    return json.dumps(to_dict(event, wall_s), separators=(",", ":"))
+
+
+def from_json(line: str) -> tuple[Event, float]:
+    """An event and its wall clock time back from `to_json`."""
+    try:
+        tree = json.loads(line)
+        kind = Event.KINDS[tree.pop("event")]
+        wall_s = float(tree.pop("at"))
+        known = {f.name for f in fields(kind)}
+        return kind(**{k: _restore(v) for k, v in tree.items() if k in known}), wall_s
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise StateError(f"event: cannot be read back: {error!r}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _restore(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _restore(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return tuple(_restore(v) for v in value)
+    return math.nan if value is None else value

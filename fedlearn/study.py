@@ -1,0 +1,271 @@
+"""The study: one TOML file that runs as a simulation, over our link and on stock Flower, unchanged.
+
+Strict: an unknown key or a value of the wrong kind is refused with its file, line and the nearest valid name. A
+study is data: frozen, hashable by its canonical JSON, and complete, so that the JSON in a run folder or in a message
+reproduces the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedlearn.errors import StudyError
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TaskTable(_Table):
+    """[task]: which task, and the options of its constructor."""
+
+    name: Name
+    options: dict[str, Any] = {}
+
+
+class DataTable(_Table):
+    """[data]: how examples become clients, and which of a client's rows are its test set."""
+
+    partition: Literal["natural", "iid", "dirichlet", "shards", "quantity", "feature_shift"] = "natural"
+    clients: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """How many clients to make; not for the natural partition."""
+    options: dict[str, Any] = {}
+    """The partitioner's own: alpha, shards_per_client ..."""
+    folds: Annotated[int, Field(ge=1, le=1000)] = 5
+    """The test share of each client is 1 / folds; 1 keeps no test set."""
+    fold: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataTable:
+        if self.fold >= self.folds:
+            raise ValueError(f"fold: got {self.fold}, expected less than folds = {self.folds}")
+        if self.partition != "natural" and self.clients is None:
+            raise ValueError(f"clients: missing; the {self.partition} partition needs a number of clients")
+        if self.partition == "natural" and self.clients is not None:
+            raise ValueError("clients: the natural partition takes the clients that the data names; remove it")
+        return self
+
+
+class TrainTable(_Table):
+    """[train]: local training at a client."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    epochs: Annotated[int, Field(ge=1)] = 1
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many steps, if that is before the last epoch ends."""
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    """bfloat16: forward and backward under autocast; weights and updates stay float32."""
+
+
+class StrategyTable(_Table):
+    """[strategy]: which federated algorithm, and its hyper-parameters."""
+
+    name: Name = "fedavg"
+    options: dict[str, Any] = {}
+
+
+class CohortTable(_Table):
+    """[cohort]: who takes part in a round."""
+
+    size: Annotated[int, Field(ge=1)] | None = None
+    """A fixed number, drawn without replacement; absent means everybody."""
+    minimum: Annotated[int, Field(ge=1)] = 1
+    """Fewer updates than this make the round void."""
+    wait_for: Annotated[int, Field(ge=1)] | None = None
+    """Start when so many clients are connected; absent means `size`, or `minimum`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CohortTable:
+        if self.size is not None and self.minimum > self.size:
+            raise ValueError(f"minimum: got {self.minimum}, more than size = {self.size}")
+        return self
+
+
+class UpdateTable(_Table):
+    """[update]: what is done to an update before it leaves. Not a privacy plan."""
+
+    clip_l2: Annotated[float, Field(gt=0)] | None = None
+    """Scale the whole update down to this L2 norm where it is longer."""
+
+
+class EvaluateTable(_Table):
+    """[evaluate]: when clients score the global model on their own test rows."""
+
+    every: Annotated[int, Field(ge=0)] = 1
+    """Every so many rounds, and after the last; 0 for never."""
+    clients: Annotated[int, Field(ge=1)] | None = None
+    """At most so many clients, drawn anew each time; absent means everybody."""
+    batch_size: Annotated[int, Field(ge=1)] = 1024
+
+
+class RuntimeTable(_Table):
+    """[runtime]: machines, not mathematics."""
+
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """torch threads per client. Identical bytes are promised for equal thread counts only."""
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long a round waits for its clients."""
+    wait_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long a run waits for its clients to connect."""
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    """How often a void round is tried before the run fails."""
+
+
+class Study(_Table):
+    """A whole study. See the files in simulations/ for examples."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    task: TaskTable
+    data: DataTable = DataTable()
+    train: TrainTable = TrainTable()
+    strategy: StrategyTable = StrategyTable()
+    cohort: CohortTable = CohortTable()
+    update: UpdateTable = UpdateTable()
+    evaluate: EvaluateTable = EvaluateTable()
+    runtime: RuntimeTable = RuntimeTable()
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, every default written out."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, as hex."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+MAX_STUDY_BYTES = 1024 * 1024
+
+
+def load_study(path: Path | str, overrides: tuple[str, ...] = ()) -> Study:
+    """Read a study file and apply `key.path=value` overrides.
+
+    Args:
+        path: a TOML file.
+        overrides: such as "strategy.name=fedprox" or "rounds=20"; values are TOML, or plain strings.
+
+    Raises:
+        StudyError: what is wrong, with file and line, and the nearest valid name.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_STUDY_BYTES:
+            raise StudyError(f"{path}: larger than {MAX_STUDY_BYTES} bytes; expected a study in TOML")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        raise StudyError(
+            f"{path}: no such study file", hint=f"did you mean {path.parent / near[0]}?" if near else ""
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read as a study: {error}") from None
+    return parse_study(text, overrides, origin=str(path))
+
+
+def parse_study(text: str, overrides: tuple[str, ...] = (), *, origin: str = "study") -> Study:
+    """A study from TOML text; see `load_study`."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{origin}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(tree, override)
+    return _validate(tree, text, origin)
+
+
+def study_from_json(text: str) -> Study:
+    """A study back from `Study.to_json`."""
+    try:
+        tree = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise StudyError(f"study: not valid JSON: {error}") from None
+    return _validate(tree, "", "study")
+
+
+def _validate(tree: Any, text: str, origin: str) -> Study:
+    try:
+        return Study.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = tuple(str(part) for part in first["loc"])
+        line = _line_of(text, where)
+        place = f"{origin}:{line}" if line else origin
+        key = ".".join(where)
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(where[:-1])
+            near = difflib.get_close_matches(where[-1], known, n=1)
+            raise StudyError(
+                f"{place}: unknown key {key!r}",
+                hint=f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(known)}",
+            ) from None
+        if first["type"] == "missing":
+            raise StudyError(f"{place}: missing key {key!r}", hint=f"add {key} to the study") from None
+        got = first.get("input")
+        shown = "" if isinstance(got, dict) else f" (got {got!r})"
+        message = first["msg"].removeprefix("Value error, ")
+        raise StudyError(f"{place}: {key or 'study'}: {message}{shown}") from None
+
+
+def _known_keys(path: tuple[str, ...]) -> list[str]:
+    model: type[BaseModel] = Study
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _line_of(text: str, path: tuple[str, ...]) -> int | None:
+    """The line, from 1, on which a key or its table stands; None when it stands nowhere (a default or an override)."""
+    table: tuple[str, ...] = ()
+    best: tuple[int, int] | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line):
+            table = tuple(part.strip().strip("\"'") for part in header[1].split("."))
+            found = table
+        elif key := re.match(r"\s*([A-Za-z0-9_.\"'-]+)\s*=", line):
+            found = (*table, *(part.strip().strip("\"'") for part in key[1].split(".")))
+        else:
+            continue
+        if path[: len(found)] == found and (best is None or len(found) > best[0]):
+            best = (len(found), number)
+    return best[1] if best else None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, raw = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise StudyError(
+            f"override {override!r}: expected key=value",
+            hint="for example --set strategy.name=fedprox or --set train.lr=0.05",
+        )
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise StudyError(f"override {override!r}: {part!r} is a value, not a table")
+        node = child
+    node[parts[-1]] = value
