@@ -22,7 +22,9 @@ from fedlearn.errors import LimitExceededError, UpdateError
 Array = npt.NDArray[np.generic]
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
-DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint32", "bool"})
+DTYPES: Final = frozenset(
+    {"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint32", "bool"}
+)
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,13 @@ def check_limits(arrays: Arrays, limits: ArrayLimits = LIMITS) -> None:
         raise LimitExceededError(f"arrays: got {len(arrays)} tensors, limit tensors is {limits.tensors}")
     for name, array in arrays.items():
         if len(name.encode()) > limits.name_bytes:
-            raise LimitExceededError(f"arrays: a name of {len(name.encode())} bytes, limit name_bytes is {limits.name_bytes}")
+            raise LimitExceededError(
+                f"arrays: a name of {len(name.encode())} bytes, limit name_bytes is {limits.name_bytes}"
+            )
         if array.ndim > limits.dimensions:
-            raise LimitExceededError(f"array {name!r}: {array.ndim} dimensions, limit dimensions is {limits.dimensions}")
+            raise LimitExceededError(
+                f"array {name!r}: {array.ndim} dimensions, limit dimensions is {limits.dimensions}"
+            )
         if str(array.dtype) not in DTYPES:
             raise UpdateError(f"array {name!r}: got dtype {array.dtype}, expected one of {', '.join(sorted(DTYPES))}")
 

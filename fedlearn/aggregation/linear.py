@@ -56,6 +56,18 @@ class IntegerSum:
         Raises:
             UpdateError: another shape, a value that is not finite, a negative weight, or no headroom left.
         """
+        self._bound += self.check(term, weight)
+        for name, array in term.items():
+            _add_scaled(self._sums[name].reshape(-1), array.reshape(-1), weight, self.quantum_bits)
+        self.weight += weight
+        self.terms += 1
+
+    def check(self, term: Arrays, weight: int) -> int:
+        """Whether `add` would take this term; raises what it would raise.
+
+        Returns:
+            The most that the term can add to any coordinate, in quanta.
+        """
         if weight < 0:
             raise UpdateError(f"update: got weight {weight}, expected an integer of at least 0")
         check_same(term, self.specs)
@@ -66,11 +78,7 @@ class IntegerSum:
                 f"update: largest value {largest / 2**self.quantum_bits:.3g} with weight {weight} exceeds the sum's headroom",
                 hint="the update diverged, or the weights are too large; clip updates, or choose a coarser quantum",
             )
-        for name, array in term.items():
-            _add_scaled(self._sums[name].reshape(-1), array.reshape(-1), weight, self.quantum_bits)
-        self._bound += largest * weight
-        self.weight += weight
-        self.terms += 1
+        return largest * weight
 
     def merge(self, other: IntegerSum) -> None:
         """Add another partial sum; equal to having added its terms one by one."""

@@ -107,6 +107,7 @@ class Strategy(ABC):
         paper: authors, year, and the equation or algorithm that is implemented.
         linear: True when the aggregate is a weighted sum, so that it composes with secure aggregation and central noise.
         releases: everything that leaves a client, in order. A privacy plan clips them jointly.
+        stateful: True when a client keeps memory between rounds (`ClientFinish.state`).
         raw_gradient_state: True when the client's state is made from raw gradients (refused under record-level privacy).
     """
 
@@ -114,6 +115,7 @@ class Strategy(ABC):
     paper: ClassVar[str]
     linear: ClassVar[bool] = True
     releases: ClassVar[tuple[Release, ...]] = (Release(DELTA),)
+    stateful: ClassVar[bool] = False
     raw_gradient_state: ClassVar[bool] = False
 
     # The client rule.

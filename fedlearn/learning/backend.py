@@ -1,0 +1,99 @@
+"""Where client work is done: one interface for the sequential oracle, faster engines, our link and Flower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from fedlearn.arrays import Arrays
+from fedlearn.learning.update import Update
+
+
+class Exchange(StrEnum):
+    """What a message asks of a client."""
+
+    DESCRIBE = "describe"
+    FIT = "fit"
+    EVALUATE = "evaluate"
+
+
+Base = tuple[int, int]
+"""(round, attempt) of the last update of a client that entered a committed sum; its state continues from there."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One exchange with a cohort.
+
+    Args:
+        round: the round that the model belongs to, from 1; for an evaluation, the rounds committed so far.
+        attempt: from 0; a void round is tried again under the next number.
+        cohort: study client ids, sorted.
+        model: global weights.
+        shared: broadcast beside them.
+        model_digest: of the model; it keys what is released for it.
+        base: client id to its `Base`; absent for a client that never entered a sum.
+        deadline_s: how long to wait for replies, from now.
+    """
+
+    round: int
+    attempt: int
+    cohort: tuple[str, ...]
+    model: Arrays = field(repr=False)
+    shared: Arrays = field(repr=False)
+    model_digest: str
+    base: Mapping[str, Base] = field(repr=False)
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A client's update arrived."""
+
+    client: str
+    update: Update
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A client's metrics arrived.
+
+    Args:
+        client: its id.
+        metrics: by name; NaN where a metric is undefined on this client's test rows.
+        examples: its test rows.
+    """
+
+    client: str
+    metrics: Mapping[str, float]
+    examples: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A client gave nothing in this exchange."""
+
+    client: str
+    reason: str
+
+
+class Backend(Protocol):
+    """Does the clients' work. Replies come in any order; each client of the cohort gets exactly one."""
+
+    def clients(self) -> Sequence[str]:
+        """Study client ids that could take part now, sorted."""
+        ...
+
+    def fit(self, work: Work) -> Iterator[Fitted | Failed]:
+        """Local training on each client of the cohort."""
+        ...
+
+    def evaluate(self, work: Work) -> Iterator[Scored | Failed]:
+        """Metrics on each client's test rows."""
+        ...
+
+    def close(self) -> None:
+        """Free what the backend holds."""
+        ...

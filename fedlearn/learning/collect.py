@@ -1,0 +1,101 @@
+"""From updates that arrive in any order to one aggregate: a sum for linear strategies, a stack for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from fedlearn.aggregation.linear import IntegerSum
+from fedlearn.aggregation.stack import UpdateStack
+from fedlearn.arrays import Arrays, Spec, specs_of
+from fedlearn.errors import UpdateError
+from fedlearn.learning.strategy import Strategy
+from fedlearn.learning.update import DELTA, Aggregate, Update, Weighting
+
+MAX_EXAMPLES = 2**40
+"""A client's count of examples is somebody's claim; this bounds what it can do to the weighted mean's headroom."""
+
+
+class Collector(Protocol):
+    """Takes updates, gives their aggregate."""
+
+    def add(self, client: str, update: Update) -> None:
+        """Take one update. Either the whole of it is taken, or an `UpdateError` is raised and nothing has changed."""
+        ...
+
+    def aggregate(self, population: int) -> Aggregate:
+        """The aggregate of what was added, at least one update with a positive weight."""
+        ...
+
+    def close(self) -> None:
+        """Free memory and files."""
+        ...
+
+
+def collector_for(strategy: Strategy, model: Arrays) -> Collector:
+    """The collector that fits a strategy, for updates shaped like `model`."""
+    return SumCollector(strategy, specs_of(model)) if strategy.linear else StackCollector(strategy, specs_of(model))
+
+
+class SumCollector:
+    """One running integer sum a release: memory does not grow with the number of clients."""
+
+    def __init__(self, strategy: Strategy, specs: Mapping[str, Spec]) -> None:
+        self._releases = strategy.releases
+        self._sums = {release.name: IntegerSum(specs) for release in self._releases}
+        self._clients: set[str] = set()
+        self._examples = 0
+
+    def add(self, client: str, update: Update) -> None:
+        _check_update(client, update, tuple(r.name for r in self._releases), self._clients)
+        weights = {r.name: update.examples if r.weighting is Weighting.EXAMPLES else 1 for r in self._releases}
+        if len(self._sums) > 1:  # all releases enter, or none
+            for name, total in self._sums.items():
+                total.check(update.private[name], weights[name])
+        for name, total in self._sums.items():
+            total.add(update.private[name], weights[name])
+        self._clients.add(client)
+        self._examples += update.examples
+
+    def aggregate(self, population: int) -> Aggregate:
+        means = {name: total.mean() for name, total in self._sums.items()}
+        return Aggregate(means, clients=len(self._clients), population=population, examples=self._examples)
+
+    def close(self) -> None:
+        self._sums.clear()
+
+
+class StackCollector:
+    """All updates on disk, for robust strategies."""
+
+    def __init__(self, strategy: Strategy, specs: Mapping[str, Spec]) -> None:
+        self._strategy = strategy
+        self._stack = UpdateStack(specs)
+        self._clients: set[str] = set()
+
+    def add(self, client: str, update: Update) -> None:
+        _check_update(client, update, (DELTA,), self._clients)
+        self._stack.add(client, update.private[DELTA], update.examples)
+        self._clients.add(client)
+
+    def aggregate(self, population: int) -> Aggregate:
+        centre = self._strategy.aggregate_stack(self._stack)
+        return Aggregate({DELTA: centre}, len(self._stack), population, self._stack.examples)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _check_update(client: str, update: Update, releases: tuple[str, ...], seen: set[str]) -> None:
+    if client in seen:
+        raise UpdateError(f"update: client {client!r} sent a second one in this round")
+    if tuple(sorted(update.private)) != tuple(sorted(releases)):
+        raise UpdateError(
+            f"update: releases {sorted(update.private)}, expected {sorted(releases)}",
+            hint="the client runs another strategy than the study names",
+        )
+    if not 0 < update.examples <= MAX_EXAMPLES:
+        raise UpdateError(
+            f"update: {update.examples} training examples, expected 1 to {MAX_EXAMPLES}",
+            hint="a client without training rows has nothing to add to the mean",
+        )

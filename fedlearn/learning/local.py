@@ -1,0 +1,276 @@
+"""Local training: init, step, final, for one client at a time. The oracle that every faster engine must equal.
+
+The model is functional here: weights are a name-to-tensor mapping that goes in and comes out. Randomness is derived from
+(run seed, round, client, pass), so a client's result does not depend on who else trains, where, or in what order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fedlearn import seeds
+from fedlearn.errors import UpdateError
+from fedlearn.learning.strategy import MAIN, ClientStart, Strategy, Trained
+from fedlearn.learning.task import Batch, ClientData, Task
+from fedlearn.learning.update import Update
+
+if TYPE_CHECKING:
+    from fedlearn.arrays import Array, Arrays
+    from fedlearn.learning.strategy import Direction, Tensors
+    from fedlearn.study import TrainTable
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a study a piece of local work stands: all that its randomness depends on."""
+
+    seed: int
+    round: int
+    client: str
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What local training gives: the update that may leave, and the state that stays."""
+
+    update: Update
+    state: Mapping[str, Array]
+
+
+def get_weights(model: torch.nn.Module) -> dict[str, Array]:
+    """The model's trainable parameters as numpy arrays, in the module's order.
+
+    Raises:
+        UpdateError: the model has buffers that training changes (running statistics); they are no parameters, and
+            averaging them is neither FedAvg nor private.
+    """
+    stateful = [name for name, buffer in model.named_buffers() if buffer.dtype.is_floating_point and "running" in name]
+    if stateful:
+        raise UpdateError(
+            f"model: running statistics {stateful[:3]} cannot be federated", hint="use GroupNorm in place of BatchNorm"
+        )
+    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
+
+
+def set_weights(model: torch.nn.Module, weights: Arrays) -> None:
+    """Copy named arrays into the model's parameters."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(np.array(weights[name])))
+
+
+def fit(
+    task: Task,
+    model: torch.nn.Module,
+    strategy: Strategy,
+    train: TrainTable,
+    data: ClientData,
+    *,
+    place: Place,
+    global_model: Arrays,
+    shared: Arrays,
+    state: Arrays,
+) -> FitResult:
+    """Train one client for one round.
+
+    Args:
+        task: gives the loss of each example.
+        model: a module of the task's architecture, on the device to train on; its weights are overwritten.
+        strategy: the client rule.
+        train: local hyper-parameters.
+        data: the client's prepared data.
+        place: seed, round and client.
+        global_model: global weights by name.
+        shared: what the server broadcast beside them.
+        state: the client's own memory from earlier rounds.
+
+    Returns:
+        The raw update (float arrays in the model's dtypes, on the CPU) and the client's new memory.
+    """
+    device = next(model.parameters()).device
+    dtype = torch.float64 if train.precision == "float64" else torch.float32
+    model.to(dtype)
+    start = ClientStart(_tensors(global_model, device), _tensors(shared, device), _tensors(state, device))
+    trained: dict[str, Trained] = {}
+    facts: dict[str, float] = {}
+    for one in strategy.client_passes(start):
+        trainer = LocalTrainer(task, model, train, data.train, place, one.name)
+        trainer.init(one.initial, one.direction)
+        for rows in trainer.batches():
+            trainer.step(rows)
+        trained[one.name] = trainer.final()
+        if one.name == MAIN:
+            facts = {"loss": trainer.mean_loss, "steps": float(trainer.steps)}
+    finish = strategy.client_finish(start, trained)
+    private = {name: _arrays(tensors) for name, tensors in finish.releases.items()}
+    return FitResult(Update(private, examples=len(data.train), facts=facts), _arrays(finish.state))
+
+
+class LocalTrainer:
+    """One pass of local training as init, step, final."""
+
+    def __init__(
+        self, task: Task, model: torch.nn.Module, train: TrainTable, data: Batch, place: Place, pass_name: str
+    ) -> None:
+        self._task, self._model, self._train, self._data = task, model, train, data
+        self._place, self._pass = place, pass_name
+        self._parameters = dict(model.named_parameters())
+        self._device = next(model.parameters()).device
+        self._direction: Direction | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._loss_sum, self._loss_count = 0.0, 0
+        self.steps = 0
+
+    def init(self, weights: Tensors, direction: Direction | None) -> None:
+        """Load the weights that this pass starts from, and a fresh optimiser."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(weights[name])
+        self._direction = direction
+        self._optimizer = _make_optimizer(self._train, list(self._parameters.values()))
+
+    def batches(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+        """Row numbers of each batch, for all epochs; the last batch of an epoch may be short."""
+        count, size = len(self._data), self._train.batch_size
+        generator = seeds.numpy_generator(
+            self._place.seed, "batches", self._place.round, self._place.client, self._pass
+        )
+        for _ in range(self._train.epochs):
+            order = generator.permutation(count)
+            for first in range(0, count, size):
+                if self._train.max_steps is not None and self.steps >= self._train.max_steps:
+                    return
+                yield order[first : first + size]
+
+    def step(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        """One optimiser step on the mean loss of a batch."""
+        assert self._optimizer is not None
+        self._model.train()
+        x, y = _to_device(self._data, rows, self._device, self._train.precision)
+        parameters = list(self._parameters.values())
+        with self._seeded(), self._autocast():
+            losses = self._task.loss(self._model(x), y)
+            gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True, materialize_grads=True)
+        if self._direction is None:
+            direction = dict(zip(self._parameters, gradients, strict=True))
+        else:
+            weights = {name: p.detach() for name, p in self._parameters.items()}
+            direction = dict(self._direction(dict(zip(self._parameters, gradients, strict=True)), weights))
+        for name, parameter in self._parameters.items():
+            parameter.grad = direction[name]
+        self._optimizer.step()
+        self._loss_sum += float(losses.detach().sum())
+        self._loss_count += len(rows)
+        self.steps += 1
+
+    def final(self) -> Trained:
+        """The weights after the last step."""
+        weights = {name: p.detach().clone() for name, p in self._parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        return Trained(weights, self.steps, self._train.lr)
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean training loss over all steps' examples; NaN without any."""
+        return self._loss_sum / self._loss_count if self._loss_count else float("nan")
+
+    @contextlib.contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Layers that draw (dropout) draw from this step's own seed; the global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(
+                seeds.derive(self._place.seed, "layers", self._place.round, self._place.client, self._pass, self.steps)
+            )
+            yield
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return _autocast(self._device, self._train.precision)
+
+
+def evaluate(
+    task: Task,
+    model: torch.nn.Module,
+    train: TrainTable,
+    data: Batch,
+    weights: Tensors | Arrays,
+    batch_size: int = 1024,
+) -> dict[str, float]:
+    """Metrics of given weights on a batch of examples, with the mean loss as "loss"; empty without examples."""
+    if not len(data):
+        return {}
+    outputs, losses = predict(task, model, train, data, weights, batch_size)
+    return {**task.metrics(outputs, data.y), "loss": float(losses.mean())}
+
+
+def predict(
+    task: Task,
+    model: torch.nn.Module,
+    train: TrainTable,
+    data: Batch,
+    weights: Tensors | Arrays,
+    batch_size: int = 1024,
+) -> tuple[Array, Array]:
+    """The model's outputs, shape (n, ...), and losses, shape (n,), both as numpy arrays."""
+    device = next(model.parameters()).device
+    model.to(torch.float64 if train.precision == "float64" else torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(
+                torch.as_tensor(np.array(weights[name]) if isinstance(weights[name], np.ndarray) else weights[name])
+            )
+    model.eval()
+    outputs, losses = [], []
+    with torch.inference_mode(), _autocast(device, train.precision):
+        for first in range(0, len(data), batch_size):
+            rows = np.arange(first, min(first + batch_size, len(data)))
+            x, y = _to_device(data, rows, device, train.precision)
+            out = model(x)
+            outputs.append(out.float().cpu().numpy())
+            losses.append(task.loss(out, y).float().cpu().numpy())
+    return np.concatenate(outputs), np.concatenate(losses)
+
+
+def client_weights(strategy: Strategy, global_model: Arrays, shared: Arrays, state: Arrays) -> dict[str, Array]:
+    """The weights that a client would use: the global ones, or its own where the strategy personalises."""
+    cpu = torch.device("cpu")
+    start = ClientStart(_tensors(global_model, cpu), _tensors(shared, cpu), _tensors(state, cpu))
+    return _arrays(strategy.client_model(start))
+
+
+def _make_optimizer(train: TrainTable, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+    kind = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=train.lr, weight_decay=train.weight_decay)
+
+
+def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    if precision == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _to_device(
+    data: Batch, rows: np.ndarray[Any, np.dtype[np.int64]], device: torch.device, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = torch.from_numpy(data.x[rows]).to(device), torch.from_numpy(data.y[rows]).to(device)
+    if precision == "float64" and x.dtype == torch.float32:
+        x = x.double()
+    if precision == "float64" and y.dtype == torch.float32:
+        y = y.double()
+    return x, y
+
+
+def _tensors(arrays: Arrays, device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.array(a)).to(device) for name, a in arrays.items()}
+
+
+def _arrays(tensors: Tensors) -> dict[str, Array]:
+    return {name: t.detach().cpu().numpy().copy() for name, t in tensors.items()}
