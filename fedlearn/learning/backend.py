@@ -15,7 +15,7 @@ class Exchange(StrEnum):
     """What a message asks of a client."""
 
     DESCRIBE = "describe"
-    FIT = "fit"
+    TRAIN = "train"
     EVALUATE = "evaluate"
 
 
@@ -29,7 +29,7 @@ class Work:
 
     Args:
         round: the round that the model belongs to, from 1; for an evaluation, the rounds committed so far.
-        attempt: from 0; a void round is tried again under the next number.
+        attempt: from 1; a void round is tried again under the next number.
         cohort: study client ids, sorted.
         model: global weights.
         shared: broadcast beside them.

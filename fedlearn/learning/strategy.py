@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from fedlearn.arrays import Arrays
 from fedlearn.learning.update import DELTA, Aggregate, Release
@@ -60,11 +61,17 @@ class Pass:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished pass: final weights, the number of optimiser steps, and the local learning rate."""
+    """A finished pass.
+
+    Args:
+        weights: after the last step.
+        steps: optimiser steps taken; shape (clients,) where many clients trained as one batch.
+        lr: the local learning rate; shape (clients,) likewise.
+    """
 
     weights: Tensors
-    steps: int
-    lr: float
+    steps: int | torch.Tensor
+    lr: float | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ class Strategy(ABC):
         releases: everything that leaves a client, in order. A privacy plan clips them jointly.
         stateful: True when a client keeps memory between rounds (`ClientFinish.state`).
         raw_gradient_state: True when the client's state is made from raw gradients (refused under record-level privacy).
+        plain_sgd: True when the client rule is only right for SGD without momentum at a constant learning rate.
     """
 
     name: ClassVar[str]
@@ -117,6 +125,7 @@ class Strategy(ABC):
     releases: ClassVar[tuple[Release, ...]] = (Release(DELTA),)
     stateful: ClassVar[bool] = False
     raw_gradient_state: ClassVar[bool] = False
+    plain_sgd: ClassVar[bool] = False
 
     # The client rule.
 
@@ -147,6 +156,11 @@ class Strategy(ABC):
         raise TypeError(f"{self.name} is linear: its updates are summed, not stacked")
 
     @property
+    def min_clients(self) -> int:
+        """Fewest updates that the server rule can work with; a round with fewer is void."""
+        return 1
+
+    @property
     def options(self) -> Mapping[str, Any]:
         """Hyper-parameters by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -157,9 +171,17 @@ def subtract(a: Tensors, b: Tensors) -> Tensors:
     return {name: a[name] - b[name] for name in b}
 
 
+def per_client(value: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
+    """A number, or one number for each client, shaped so that it broadcasts against `like`, shape (clients, ...)."""
+    if isinstance(value, int | float):
+        return value
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
 def apply_step(model: Arrays, step: Arrays) -> Arrays:
-    """model + step, computed in float64 and returned in the model's dtypes."""
-    return {
-        name: (weights.astype(np.float64) + step[name].astype(np.float64)).astype(weights.dtype)
-        for name, weights in model.items()
-    }
+    """model + step, computed in float64 and returned in the model's dtypes; integers are rounded, half to even."""
+    return {name: _cast(w.astype(np.float64) + step[name].astype(np.float64), w.dtype) for name, w in model.items()}
+
+
+def _cast(values: npt.NDArray[np.float64], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+    return (np.rint(values) if dtype.kind in "iu" else values).astype(dtype)

@@ -1,0 +1,158 @@
+"""The Flower ClientApp: one client's work, the same in our warm worker and under Flower's SuperNode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedlearn.app import load_app
+from fedlearn.data.population import build_population, site_population
+from fedlearn.errors import DataError, RemoteProtocolError
+from fedlearn.learning import messages
+from fedlearn.learning.memory import ClientMemory
+from fedlearn.learning.postprocess import apply_on_client, chain_of
+from fedlearn.study import Study, study_from_json
+from fedlearn.tasks import load_task
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedlearn.learning.strategy import Strategy
+    from fedlearn.learning.task import ClientData, Task
+
+app = ClientApp()
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a client keeps warm between messages of one study."""
+
+    client: str
+    study: Study
+    task: Task
+    strategy: Strategy
+    data: ClientData
+    model: torch.nn.Module
+
+
+@app.query()
+def describe(message: Message, context: Context) -> Message:
+    """Who this client is in the study."""
+    request = messages.decode_request(message.content)
+    site = _site(request.study, context)
+    return Message(messages.encode_description(site.client, {}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round of local training."""
+    from fedlearn.learning import local
+
+    request = messages.decode_request(message.content)
+    site = _site(request.study, context)
+    memory = _read_memory(context.state)
+    result = local.fit(
+        site.task,
+        site.model,
+        site.strategy,
+        site.study.train,
+        site.data,
+        place=local.Place(site.study.seed, request.round, site.client),
+        global_model=request.model,
+        shared=request.shared,
+        state=memory.at(request.base),
+    )
+    if site.strategy.stateful:
+        memory.candidates[request.round, request.attempt] = result.state
+        _write_memory(context.state, memory)
+    update = apply_on_client(chain_of(site.study), result.update)
+    return Message(messages.encode_update(update), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Metrics of the model on this client's test rows."""
+    from fedlearn.learning import local
+
+    request = messages.decode_request(message.content)
+    site = _site(request.study, context)
+    state = _read_memory(context.state).peek(request.base)
+    weights = local.client_weights(site.strategy, request.model, request.shared, state)
+    metrics = local.evaluate(
+        site.task, site.model, site.study.train, site.data.test, weights, site.study.evaluate.batch_size
+    )
+    return Message(messages.encode_scores(metrics, len(site.data.test)), reply_to=message)
+
+
+def _site(study_json: str, context: Context) -> Site:
+    """The warm site of a study; `context.node_config` says who this client is and where its data lies.
+
+    Keys: `client-id` (or Flower's `partition-id`, an index into the study's clients), `data`, `device`, `threads`.
+    """
+    config = context.node_config
+    return _warm_site(
+        study_json,
+        str(config.get("client-id", "")),
+        str(config.get("partition-id", "")),
+        str(config.get("data", "")),
+        str(config.get("device", "cpu")),
+        int(config.get("threads", 0)),
+    )
+
+
+@lru_cache(maxsize=2)
+def _warm_site(study_json: str, client_id: str, partition_id: str, data: str, device: str, threads: int) -> Site:
+    import torch
+
+    from fedlearn.learning.device import resolve_device
+    from fedlearn.learning.task import build_model
+
+    study = study_from_json(study_json)
+    torch.set_num_threads(min(study.runtime.threads, threads) if threads else study.runtime.threads)
+    task = load_task(study.task.name, study.task.options)
+    if not client_id:
+        clients = sorted(build_population(study, task).client_ids)
+        if not partition_id.isdigit() or int(partition_id) >= len(clients):
+            raise DataError(
+                f"client: node config names no client-id, and partition-id is {partition_id!r} of {len(clients)} clients",
+                hint="start the SuperNode with --node-config 'client-id=\"NAME\"' or 'partition-id=0'",
+            )
+        client_id = clients[int(partition_id)]
+    population = site_population(study, task, client_id, Path(data) if data else None)
+    model = build_model(task, study.seed).to(resolve_device(device))
+    strategy = load_app().strategy(study.strategy.name, study.strategy.options)
+    return Site(client_id, study, task, strategy, population.client(client_id), model)
+
+
+def _read_memory(state: RecordDict) -> ClientMemory:
+    keys = state.get("memory")
+    if keys is None:
+        return ClientMemory()
+    if not isinstance(keys, ConfigRecord):
+        raise RemoteProtocolError("client state: record 'memory' is not a ConfigRecord")
+    memory = ClientMemory()
+    if base := _pair(keys, "base"):
+        memory.base, memory.state = base, messages.from_record(state, "memory.base")
+    if candidate := _pair(keys, "candidate"):
+        memory.candidates[candidate] = messages.from_record(state, "memory.candidate")
+    return memory
+
+
+def _write_memory(state: RecordDict, memory: ClientMemory) -> None:
+    (key, candidate) = next(iter(memory.candidates.items()))
+    base = memory.base or (0, 0)
+    state["memory"] = ConfigRecord({"base": [*base], "candidate": [*key]})
+    state["memory.base"] = messages.to_record(memory.state) if memory.base else ArrayRecord()
+    state["memory.candidate"] = messages.to_record(candidate)
+
+
+def _pair(keys: ConfigRecord, name: str) -> tuple[int, int] | None:
+    value = keys.get(name)
+    if not isinstance(value, list) or len(value) != 2:
+        raise RemoteProtocolError(f"client state: {name} is {value!r}, expected [round, attempt]")
+    return (int(value[0]), int(value[1])) if value[0] else None

@@ -1,0 +1,127 @@
+"""An app: the folder with `server/`, `client/`, `strategies/` and `simulations/`, loaded the way Flower loads one.
+
+In a checkout the app is the repository's root; in an installed wheel it travels as files inside the package. `--app DIR` names somebody
+else's Flower App. The folder goes first on `sys.path` and its parts are imported by name; nothing is executed that was not
+installed on this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlearn.errors import StudyError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fedlearn.learning.strategy import Strategy
+
+APP_FOLDERS = ("server", "client", "strategies")
+
+
+@dataclass(frozen=True)
+class App:
+    """An app's folder, on `sys.path`.
+
+    Args:
+        root: the folder.
+        server: where the ServerApp is, as module:attribute.
+        client: where the ClientApp is, as module:attribute.
+        native: True for fedlearn's own app, False for a foreign Flower App.
+    """
+
+    root: Path
+    server: str = "server.app:app"
+    client: str = "client.app:app"
+    native: bool = True
+
+    @property
+    def server_app(self) -> Any:
+        """The Flower ServerApp."""
+        return _attribute(self.server, self.root)
+
+    @property
+    def client_app(self) -> Any:
+        """The Flower ClientApp."""
+        return _attribute(self.client, self.root)
+
+    def strategy(self, name: str, options: Mapping[str, Any]) -> Strategy:
+        """A strategy of the app's registry.
+
+        Raises:
+            StudyError: no strategy of that name, or an option that it does not take.
+        """
+        strategy: Strategy = importlib.import_module("strategies").create(name, dict(options))
+        return strategy
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the app's Python files, as hex: what a site admits, and a run's manifest names."""
+        sha = hashlib.sha256()
+        for folder in APP_FOLDERS if self.native else (".",):
+            for path in sorted((self.root / folder).rglob("*.py")):
+                data = path.read_bytes()
+                sha.update(f"{path.relative_to(self.root).as_posix()}:{len(data)};".encode() + data)
+        return sha.hexdigest()
+
+    def study(self, name: str) -> Path:
+        """A study's path: as it stands, or among the app's own."""
+        path = Path(name)
+        inside = self.root / name
+        return inside if not path.exists() and inside.exists() else path
+
+
+def own_root() -> Path:
+    """fedlearn's own app: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_app"
+    return installed if installed.is_dir() else package.parent
+
+
+def load_app(folder: Path | str | None = None) -> App:
+    """Put an app's folder first on `sys.path` and say where its parts are.
+
+    A folder without a Flower App in its pyproject.toml holds tasks only: it is put on the path before fedlearn's own app.
+
+    Raises:
+        StudyError: the folder does not exist, or its pyproject.toml cannot be read.
+    """
+    own = own_root()
+    _first_on_path(own)
+    if folder is None:
+        return App(own)
+    root = Path(folder).resolve()
+    if not root.is_dir():
+        raise StudyError(f"--app {folder}: no such folder")
+    _first_on_path(root)
+    settings = root / "pyproject.toml"
+    if root == own or not settings.is_file():
+        return App(own)
+    try:
+        components = tomllib.loads(settings.read_text())["tool"]["flwr"]["app"]["components"]
+        return App(root, str(components["serverapp"]), str(components["clientapp"]), native=False)
+    except KeyError:
+        return App(own)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise StudyError(f"{settings}: cannot be read: {error}") from None
+
+
+def _first_on_path(folder: Path) -> None:
+    entry = str(folder)
+    if entry in sys.path:
+        sys.path.remove(entry)
+    sys.path.insert(0, entry)
+
+
+def _attribute(reference: str, root: Path) -> Any:
+    module, _, attribute = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise StudyError(f"app {root}: {reference!r} cannot be loaded: {error}") from None

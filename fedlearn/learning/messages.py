@@ -1,0 +1,218 @@
+"""Client work as Flower messages: the same records over our link and on stock Flower.
+
+A message holds one ConfigRecord `fedlearn` (what is asked, as plain values), and ArrayRecords `model` and `shared`. A reply holds the same
+ConfigRecord with the client's facts, and one ArrayRecord `private.NAME` for each release. Nothing is pickled; arrays are
+numpy's own format and are read with `allow_pickle=False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedlearn.arrays import LIMITS, Arrays, check_limits
+from fedlearn.errors import LimitExceededError, RemoteProtocolError
+from fedlearn.learning.backend import Base, Exchange, Scored, Work
+from fedlearn.learning.update import Update
+
+if TYPE_CHECKING:
+    from fedlearn import arrays as named
+
+RECORD = "fedlearn"
+PRIVATE = "private."
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a message asks of a client.
+
+    Args:
+        run: the run's name.
+        exchange: what is asked.
+        study: the study as canonical JSON: the run's manifest.
+        app: digest of the app that the server runs.
+        round: see `Work`.
+        attempt: see `Work`.
+        model_digest: see `Work`; "" when the message carries no model.
+        base: see `Work`; None when the client never entered a sum.
+        model: global weights.
+        shared: broadcast beside them.
+    """
+
+    run: str
+    exchange: Exchange
+    study: str
+    app: str
+    round: int = 0
+    attempt: int = 0
+    model_digest: str = ""
+    base: Base | None = None
+    model: Arrays = field(default_factory=dict, repr=False)
+    shared: Arrays = field(default_factory=dict, repr=False)
+
+
+class RequestEncoder:
+    """Encodes a cohort's requests; arrays are encoded once and shared by all of them."""
+
+    def __init__(self, run: str, study: str, app: str) -> None:
+        self._run, self._study, self._app = run, study, app
+
+    def describe(self) -> RecordDict:
+        """The request that asks a client who it is."""
+        return RecordDict({RECORD: ConfigRecord(self._facts(Exchange.DESCRIBE))})
+
+    def encode(self, exchange: Exchange, work: Work) -> Mapping[str, RecordDict]:
+        """One request a client of the cohort, by client id."""
+        model, shared = to_record(work.model), to_record(work.shared)
+        requests = {}
+        for client in work.cohort:
+            base = work.base.get(client)
+            facts = self._facts(exchange) | {
+                "round": work.round,
+                "attempt": work.attempt,
+                "model_digest": work.model_digest,
+                "base_round": base[0] if base else 0,
+                "base_attempt": base[1] if base else 0,
+            }
+            requests[client] = RecordDict({RECORD: ConfigRecord(facts), "model": model, "shared": shared})
+        return requests
+
+    def _facts(self, exchange: Exchange) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "run": self._run,
+            "exchange": exchange.value,
+            "study": self._study,
+            "app": self._app,
+        }
+
+
+def decode_request(content: RecordDict) -> Request:
+    """A request from a message's content.
+
+    Raises:
+        RemoteProtocolError: a record or a field is missing or of another type.
+    """
+    facts = _facts_of(content)
+    try:
+        exchange = Exchange(_text(facts, "exchange"))
+    except ValueError:
+        raise RemoteProtocolError(f"message: unknown exchange {facts.get('exchange')!r}") from None
+    run, study, app = _text(facts, "run"), _text(facts, "study"), _text(facts, "app")
+    if exchange is Exchange.DESCRIBE:
+        return Request(run, exchange, study, app)
+    base_round = _number(facts, "base_round")
+    return Request(
+        run,
+        exchange,
+        study,
+        app,
+        round=_number(facts, "round"),
+        attempt=_number(facts, "attempt"),
+        model_digest=_text(facts, "model_digest"),
+        base=(base_round, _number(facts, "base_attempt")) if base_round else None,
+        model=from_record(content, "model"),
+        shared=from_record(content, "shared"),
+    )
+
+
+def encode_description(client: str, facts: Mapping[str, str | int | float]) -> RecordDict:
+    """A client's answer to `describe`."""
+    return RecordDict({RECORD: ConfigRecord({"format": FORMAT, "client": client, **facts})})
+
+
+def decode_description(content: RecordDict) -> str:
+    """The study client id that a client answered with."""
+    return _text(_facts_of(content), "client")
+
+
+def encode_update(update: Update) -> RecordDict:
+    """A client's update as a reply's content."""
+    content = RecordDict({RECORD: ConfigRecord({"format": FORMAT, "examples": update.examples})})
+    content["facts"] = MetricRecord({name: float(value) for name, value in update.facts.items()})
+    for name, arrays in update.private.items():
+        content[PRIVATE + name] = to_record(arrays)
+    return content
+
+
+def decode_update(content: RecordDict) -> Update:
+    """A client's update from a reply's content. Shapes and values are the collector's to check."""
+    facts = _facts_of(content)
+    private = {key.removeprefix(PRIVATE): from_record(content, key) for key in content if key.startswith(PRIVATE)}
+    return Update(private, examples=_number(facts, "examples"), facts=_metrics(content, "facts"))
+
+
+def encode_scores(metrics: Mapping[str, float], examples: int) -> RecordDict:
+    """A client's metrics as a reply's content."""
+    content = RecordDict({RECORD: ConfigRecord({"format": FORMAT, "examples": examples})})
+    content["metrics"] = MetricRecord({name: float(value) for name, value in metrics.items()})
+    return content
+
+
+def decode_scores(client: str, content: RecordDict) -> Scored:
+    """A client's metrics from a reply's content."""
+    return Scored(client, _metrics(content, "metrics"), _number(_facts_of(content), "examples"))
+
+
+def to_record(arrays: Arrays) -> ArrayRecord:
+    """Named arrays as Flower's record; readable by any Flower app."""
+    return ArrayRecord({name: FlowerArray(np.asarray(array)) for name, array in arrays.items()})
+
+
+def from_record(content: RecordDict, key: str) -> dict[str, named.Array]:
+    """Named arrays from a record, refusing what exceeds a limit or is not a plain numpy array."""
+    record = content.get(key)
+    if not isinstance(record, ArrayRecord):
+        raise RemoteProtocolError(f"message: record {key!r} is {type(record).__name__}, expected arrays")
+    if len(record) > LIMITS.tensors:
+        raise LimitExceededError(f"message: {len(record)} tensors, limit tensors is {LIMITS.tensors}")
+    arrays: dict[str, named.Array] = {}
+    for name, array in record.items():
+        if array.stype != "numpy.ndarray":
+            raise RemoteProtocolError(f"message: array {name!r} has format {array.stype!r}, expected numpy.ndarray")
+        try:
+            arrays[name] = np.load(BytesIO(array.data), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise RemoteProtocolError(f"message: array {name!r} cannot be read: {error}") from None
+    check_limits(arrays)
+    return arrays
+
+
+def _facts_of(content: RecordDict) -> Mapping[str, Any]:
+    record = content.get(RECORD)
+    if not isinstance(record, ConfigRecord):
+        raise RemoteProtocolError(f"message: no record {RECORD!r}; expected one of fedlearn's messages")
+    if record.get("format") != FORMAT:
+        raise RemoteProtocolError(
+            f"message: format {record.get('format')!r}, expected {FORMAT}",
+            hint="install the same fedlearn on both sides",
+        )
+    return record
+
+
+def _text(facts: Mapping[str, Any], key: str) -> str:
+    value = facts.get(key)
+    if not isinstance(value, str):
+        raise RemoteProtocolError(f"message: {key} is {type(value).__name__}, expected text")
+    return value
+
+
+def _number(facts: Mapping[str, Any], key: str) -> int:
+    value = facts.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RemoteProtocolError(f"message: {key} is {type(value).__name__}, expected an integer")
+    return value
+
+
+def _metrics(content: RecordDict, key: str) -> dict[str, float]:
+    record = content.get(key)
+    if not isinstance(record, MetricRecord):
+        raise RemoteProtocolError(f"message: record {key!r} is {type(record).__name__}, expected metrics")
+    return {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
