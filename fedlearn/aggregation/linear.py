@@ -4,7 +4,7 @@ A value x is rounded to round(x / quantum), half to even, and multiplied by an i
 addition is associative, so the order of arrival, the number of workers and masking leave the sum as it is, which floats do
 not. Headroom is checked before each addition with the largest magnitude that any coordinate could have reached.
 
-The rounding error of a mean is at most quantum / 2 in each coordinate, 1.2e-10 by default.
+The rounding error of a mean is at most quantum / 2 in each coordinate, 1.2e-10 by default, and one rounding to float64.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ BLOCK: Final = 1 << 16
 """Values are converted this many at a time, so that a sum needs no copy of the update."""
 
 
-@dataclass
+@dataclass(eq=False)
 class IntegerSum:
     """A running weighted sum of named arrays.
 
     Args:
         specs: names, shapes and dtypes that every term must have.
-        quantum_bits: a coordinate's unit is 2**-quantum_bits.
+        quantum_bits: a coordinate's unit is 2**-quantum_bits; at least 0.
     """
 
     specs: Mapping[str, Spec]
@@ -51,12 +51,14 @@ class IntegerSum:
 
         Args:
             term: arrays with the accumulator's names, shapes and dtypes.
-            weight: an integer, at least 0.
+            weight: an integer from 0 to 2**63 - 1. A term of weight 0 is counted and adds nothing.
 
         Raises:
-            UpdateError: another shape, a value that is not finite, a negative weight, or no headroom left.
+            UpdateError: another shape, a value that is not finite or too large for the quantum, a weight that is not
+                such an integer, or no headroom left.
         """
         self._bound += self.check(term, weight)
+        weight = int(weight)
         for name, array in term.items():
             _add_scaled(self._sums[name].reshape(-1), array.reshape(-1), weight, self.quantum_bits)
         self.weight += weight
@@ -68,12 +70,11 @@ class IntegerSum:
         Returns:
             The most that the term can add to any coordinate, in quanta.
         """
-        if weight < 0:
-            raise UpdateError(f"update: got weight {weight}, expected an integer of at least 0")
+        weight = _checked_weight(weight)
         check_same(term, self.specs)
         check_finite(term)
         largest = max((_largest_unit(a, self.quantum_bits) for a in term.values()), default=0)
-        if self._bound + largest * weight > HEADROOM:
+        if largest > HEADROOM or self._bound + largest * weight > HEADROOM:
             raise UpdateError(
                 f"update: largest value {largest / 2**self.quantum_bits:.3g} with weight {weight} exceeds the sum's headroom",
                 hint="the update diverged, or the weights are too large; clip updates, or choose a coarser quantum",
@@ -108,11 +109,20 @@ class IntegerSum:
         return {name: total / scale for name, total in self._sums.items()}
 
 
+def _checked_weight(weight: object) -> int:
+    # A numpy integer would make the headroom check itself overflow, so it becomes a Python one.
+    if isinstance(weight, int | np.integer) and not isinstance(weight, bool) and 0 <= weight <= HEADROOM:
+        return int(weight)
+    raise UpdateError(f"update: got weight {weight!r}, expected an integer from 0 to 2**63 - 1")
+
+
 def _largest_unit(array: npt.NDArray[np.generic], quantum_bits: int) -> int:
+    """The largest magnitude in units of the quantum, rounded up; exact, whatever its size."""
     if array.size == 0:
         return 0
     largest = max(abs(float(array.max())), abs(float(array.min())))
-    return int(np.ceil(largest * 2.0**quantum_bits)) if largest < 2.0**30 else HEADROOM + 1
+    numerator, denominator = largest.as_integer_ratio()
+    return -((-numerator << quantum_bits) // denominator)
 
 
 def _add_scaled(total: npt.NDArray[np.int64], values: npt.NDArray[np.generic], weight: int, quantum_bits: int) -> None:

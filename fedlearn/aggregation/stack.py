@@ -1,11 +1,13 @@
 """Many updates at once, for strategies that are not sums: median, trimmed mean, Krum.
 
-Updates are appended as they arrive to one file on disk, a row each, and read back by blocks of coordinates, so memory depends on the
-block and not on model times clients. Rows are ordered by client id before use, so the order of arrival changes nothing.
+Updates are written as they arrive to one file on disk, a row each, and read back by blocks of coordinates, so memory depends on the
+block and not on model times clients. Rows are ordered by client id and columns by array name before use, so neither the order of
+arrival nor a model that came back from a checkpoint in another order changes a bit.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlearn.arrays import Arrays, Spec, check_finite, check_same
-from fedlearn.errors import LimitExceededError, UpdateError
+from fedlearn.errors import LimitExceededError, StateError, UpdateError
 
 BLOCK_BYTES: Final = 32 * 1024**2
 SPILL_LIMIT_BYTES: Final = 64 * 1024**3
@@ -33,12 +35,12 @@ class UpdateStack:
     def __init__(
         self, specs: Mapping[str, Spec], *, limit_bytes: int = SPILL_LIMIT_BYTES, block_bytes: int = BLOCK_BYTES
     ) -> None:
-        self.specs = dict(specs)
-        self.columns = sum(int(np.prod(s.shape)) for s in self.specs.values())
+        self.specs = {name: specs[name] for name in sorted(specs)}
+        self.columns = sum(math.prod(s.shape) for s in self.specs.values())
         self._limit_bytes = limit_bytes
         self._block_bytes = block_bytes
-        self._clients: list[str] = []
-        self._examples: list[int] = []
+        self._rows: dict[str, int] = {}
+        self._examples = 0
         self._folder = tempfile.TemporaryDirectory(prefix="fedlearn-stack-")
         self._path = Path(self._folder.name) / "updates.f64"
         self._path.touch()
@@ -54,26 +56,27 @@ class UpdateStack:
         self._folder.cleanup()
 
     def __len__(self) -> int:
-        return len(self._clients)
+        return len(self._rows)
 
     @property
     def clients(self) -> tuple[str, ...]:
         """Client ids in row order: sorted."""
-        return tuple(sorted(self._clients))
+        return tuple(sorted(self._rows))
 
     @property
     def examples(self) -> int:
         """Total training examples behind the rows."""
-        return sum(self._examples)
+        return self._examples
 
     def add(self, client: str, term: Arrays, examples: int) -> None:
-        """Append one update.
+        """Take one update. Either the whole of it is taken, or an error is raised and nothing has changed.
 
         Raises:
             UpdateError: another shape, a value that is not finite, or a second update of the same client.
             LimitExceededError: the disk limit is reached.
+            StateError: the disk refuses to take it.
         """
-        if client in self._clients:
+        if client in self._rows:
             raise UpdateError(f"update: client {client!r} sent a second one in this round")
         check_same(term, self.specs)
         check_finite(term)
@@ -81,35 +84,49 @@ class UpdateStack:
             raise LimitExceededError(
                 f"updates: {len(self) + 1} of {self.columns} values exceed {self._limit_bytes} bytes on disk"
             )
-        with self._path.open("ab") as file:
-            for name in self.specs:
-                file.write(np.ascontiguousarray(term[name], dtype=np.float64).reshape(-1).data)
-        self._clients.append(client)
-        self._examples.append(examples)
+        try:
+            with self._path.open("r+b") as file:
+                # Not appended: what a full disk left of an earlier attempt is overwritten.
+                file.seek(len(self) * self.columns * 8)
+                for name in self.specs:
+                    file.write(np.ascontiguousarray(term[name], dtype=np.float64).reshape(-1).data)
+        except OSError as error:
+            raise StateError(
+                f"updates: cannot write row {len(self)} to {self._path}: {error.strerror}",
+                hint="free disk space, or set TMPDIR to a larger disk",
+            ) from error
+        self._rows[client] = len(self._rows)
+        self._examples += examples
 
     def blocks(self) -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
-        """Column ranges and their values, shape (n, width); rows in the order of `clients`. Each block is a fresh copy."""
+        """Column ranges and their values, shape (n, width); rows in the order of `clients`. Each block is a fresh copy.
+
+        Raises:
+            UpdateError: no update was added.
+        """
         if not len(self):
             raise UpdateError("updates: none arrived; expected at least one")
-        order = np.argsort(np.array(self._clients), kind="stable")
+        if not self.columns:
+            return
+        order = [self._rows[client] for client in self.clients]
         matrix: np.memmap[Any, np.dtype[np.float64]] = np.memmap(
             self._path, dtype=np.float64, mode="r", shape=(len(self), self.columns)
         )
         width = max(1, self._block_bytes // (8 * len(self)))
         for start in range(0, self.columns, width):
             columns = slice(start, min(start + width, self.columns))
-            yield columns, np.array(matrix[:, columns])[order]
+            yield columns, np.asarray(matrix[:, columns][order])
 
     def row(self, index: int) -> npt.NDArray[np.float64]:
         """One whole update, shape (d,), by its place in `clients`."""
-        position = self._clients.index(self.clients[index])
+        position = self._rows[self.clients[index]]
         return np.fromfile(self._path, dtype=np.float64, count=self.columns, offset=position * self.columns * 8)
 
     def unflatten(self, flat: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:
-        """A vector of d coordinates back to named arrays."""
+        """A vector of d coordinates back to named arrays, by name."""
         arrays, start = {}, 0
         for name, spec in self.specs.items():
-            size = int(np.prod(spec.shape))
+            size = math.prod(spec.shape)
             arrays[name] = flat[start : start + size].reshape(spec.shape)
             start += size
         return arrays
