@@ -1,0 +1,89 @@
+"""What a release costs and who says whether it may be spent: the seam where a privacy accountant plugs in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Protocol
+
+from fedlearn.errors import StateError
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What one release costs.
+
+    Args:
+        account: what is charged: one data set and one unit of privacy at this site, for example `heart/record`.
+        cost: the cost in the accountant's own canonical text: a number here, a serialised event tree under a privacy plan.
+    """
+
+    account: str
+    cost: str
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """An account before and after a charge. Not additive in general: epsilons compose.
+
+    Args:
+        spent: what the account has spent, open reservations included.
+        after: what it would have spent with the charge.
+        budget: the most that the site's policy allows.
+        unit: what the three are counted in, for example `epsilon`.
+    """
+
+    spent: Decimal
+    after: Decimal
+    budget: Decimal
+    unit: str
+
+    @property
+    def allowed(self) -> bool:
+        """True when the charge fits. A number that is not finite never does."""
+        return self.after.is_finite() and not self.budget.is_nan() and self.after <= self.budget
+
+
+class Charger(Protocol):
+    """Weighs a charge against the budget in the site's own policy. Pure: it keeps no account; the journal does."""
+
+    def weigh(self, spent: Sequence[Charge], asked: Charge) -> Weighing:
+        """The account of `asked` before and after it.
+
+        Args:
+            spent: every charge of the same account that was committed or is reserved, in the order of reservation.
+            asked: the charge to weigh. An account that the policy does not name has the budget 0.
+
+        Raises:
+            StateError: a cost cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class CostCharger:
+    """Costs that add up: plain decimal numbers against one budget an account.
+
+    Args:
+        budgets: the budget of each account; an account that is not named has none.
+        unit: what is counted.
+    """
+
+    budgets: Mapping[str, Decimal]
+    unit: str = "cost"
+
+    def weigh(self, spent: Sequence[Charge], asked: Charge) -> Weighing:
+        before = sum((_cost(charge) for charge in spent), start=Decimal(0))
+        budget = self.budgets.get(asked.account, Decimal(0))
+        return Weighing(spent=before, after=before + _cost(asked), budget=budget, unit=self.unit)
+
+
+def _cost(charge: Charge) -> Decimal:
+    try:
+        cost = Decimal(charge.cost)
+    except InvalidOperation:
+        raise StateError(f"charge on {charge.account!r}: got cost {charge.cost!r}, expected a decimal number") from None
+    if cost < 0 or not cost.is_finite():
+        raise StateError(f"charge on {charge.account!r}: got cost {charge.cost!r}, expected a finite number from 0")
+    return cost

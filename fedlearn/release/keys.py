@@ -1,0 +1,84 @@
+"""What one release is called: the key under which a charge and finished bytes are committed together."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+from urllib.parse import quote
+
+TRAIN: Final = "train"
+"""The exchange that carries a client's update."""
+
+UNMASK: Final = "unmask"
+"""The exchange in which a client helps to open the sum; answered for one request only."""
+
+NAME_LIMIT_BYTES: Final = 200
+NUMBER_LIMIT: Final = 2**31 - 1
+_DOMAIN: Final = b"fedlearn/release-key/v1"
+
+
+class AttemptId(NamedTuple):
+    """One attempt at one round. Ordered: a later round, or a later attempt at the same round, is greater."""
+
+    round: int
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"round {self.round} attempt {self.attempt}"
+
+
+@dataclass(frozen=True)
+class ReleaseKey:
+    """The name of one release of one client.
+
+    Args:
+        run: the run's name, unique at the coordinator; 1 to `NAME_LIMIT_BYTES` bytes of UTF-8.
+        round: the round's number, 0 to `NUMBER_LIMIT`.
+        attempt: 1 for the first attempt at the round; a retry after a void is the next one.
+        exchange: what is exchanged: `TRAIN`, `UNMASK`, or a strategy's own name.
+        model_digest: hex digest of the broadcast that the release answers.
+
+    Raises:
+        ValueError: a part is empty, too long or out of range.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    exchange: str
+    model_digest: str
+
+    def __post_init__(self) -> None:
+        for name, text in (("run", self.run), ("exchange", self.exchange), ("model_digest", self.model_digest)):
+            size = len(text.encode())
+            if not 1 <= size <= NAME_LIMIT_BYTES:
+                raise ValueError(f"release key: {name} of {size} bytes, expected 1 to {NAME_LIMIT_BYTES}")
+        for name, number, least in (("round", self.round, 0), ("attempt", self.attempt, 1)):
+            if not least <= number <= NUMBER_LIMIT:
+                raise ValueError(f"release key: {name} is {number}, expected {least} to {NUMBER_LIMIT}")
+
+    @property
+    def at(self) -> AttemptId:
+        """The attempt that this release belongs to."""
+        return AttemptId(self.round, self.attempt)
+
+    def canonical(self) -> bytes:
+        """The key as bytes: equal keys give equal bytes, different keys different ones (every part carries its length)."""
+        parts = (self.run, str(self.round), str(self.attempt), self.exchange, self.model_digest)
+        return _DOMAIN + b"".join(len(p.encode()).to_bytes(4, "big") + p.encode() for p in parts)
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical bytes, as hex."""
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+    def __str__(self) -> str:
+        return f"{self.run} {self.at} {self.exchange} (model {self.model_digest[:12]})"
+
+
+def record_key(*parts: str | int) -> str:
+    """The journal's key for a place in the tree, ASCII, in an order that follows the numbers.
+
+    Names are percent-encoded, so that a slash in a run's name cannot reach another run's records.
+    """
+    return "/".join(f"{part:010d}" if isinstance(part, int) else quote(part, safe="") for part in parts)
