@@ -82,8 +82,13 @@ class Failed:
 class Backend(Protocol):
     """Does the clients' work. Replies come in any order; each client of the cohort gets exactly one."""
 
-    def clients(self) -> Sequence[str]:
-        """Study client ids that could take part now, sorted."""
+    def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:
+        """Study client ids that could take part now, sorted.
+
+        Args:
+            at_least: wait until there are so many.
+            timeout_s: but no longer than this.
+        """
         ...
 
     def fit(self, work: Work) -> Iterator[Fitted | Failed]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -109,8 +109,8 @@ class TaskCard:
 class Task(ABC):
     """Base of all tasks.
 
-    Options of a task (`[task.options]` in a study) are the keyword arguments of its constructor, kept in `options` so
-    that a study can be written back.
+    Options of a task (`[task.options]` in a study) are the keyword arguments of its constructor. A task is best written as
+    a frozen dataclass: its fields are then its options, and `options` gives back those that differ from their defaults.
     """
 
     name: ClassVar[str]
@@ -170,7 +170,8 @@ class Task(ABC):
     @property
     def options(self) -> Mapping[str, Any]:
         """The constructor's arguments that differ from their defaults."""
-        return {}
+        declared: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
+        return {f.name: getattr(self, f.name) for f in declared if f.init and getattr(self, f.name) != f.default}
 
 
 def stratified_fold(y: npt.NDArray[Any], seed: int, folds: int, fold: int) -> tuple[IntArray, IntArray]:

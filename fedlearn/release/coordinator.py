@@ -44,12 +44,13 @@ from fedlearn.release.round import (
     RoundState,
 )
 
-A = TypeVar("A", bound=Accumulator)
+P = TypeVar("P")
+A = TypeVar("A", bound=Accumulator)  # type: ignore[type-arg]  # bound to the machine's own P
 
 _LIVE = frozenset({RoundState.OPEN, RoundState.REFILL, RoundState.UNMASKING, RoundState.SUMMED})
 
 
-class RoundMachine(Generic[A]):
+class RoundMachine(Generic[P, A]):
     """All rounds of one run, one attempt at a time.
 
     Args:
@@ -57,6 +58,8 @@ class RoundMachine(Generic[A]):
         run: the run's name.
         policy: thresholds and limits.
         accumulator: makes an empty sum.
+        checksum: of a payload; equal payloads have equal ones. By default xxh3 of bytes.
+        size: of a payload, in bytes.
         masking: makes the hook that takes masks off a sum.
         exchange: the exchange whose payloads are summed.
 
@@ -70,6 +73,8 @@ class RoundMachine(Generic[A]):
         run: str,
         accumulator: Callable[[], A],
         *,
+        checksum: Callable[[P], str] | None = None,
+        size: Callable[[P], int] = len,  # type: ignore[assignment]  # of bytes
         policy: RoundPolicy | None = None,
         masking: Callable[[], Masking] = NoMasking,
         exchange: str = TRAIN,
@@ -78,6 +83,8 @@ class RoundMachine(Generic[A]):
         self._run = run
         self._policy = policy if policy is not None else RoundPolicy()
         self._make_sum = accumulator
+        self._checksum: Callable[[P], str] = checksum if checksum is not None else _checksum  # type: ignore[assignment]
+        self._size = size
         self._make_masking = masking
         self._exchange = exchange
         self._write_failed = False
@@ -106,6 +113,11 @@ class RoundMachine(Generic[A]):
             LocalProtocolError: nothing was begun.
         """
         return self._begun().key
+
+    @property
+    def reason(self) -> str:
+        """Why the last attempt is void, or the run has failed; else empty."""
+        return self._failure or (self._attempt.reason if self._attempt is not None else "")
 
     @property
     def next_step(self) -> Begin | Resume | Failed:
@@ -198,14 +210,14 @@ class RoundMachine(Generic[A]):
         self._empty()
         return key
 
-    def receive(self, client: str, key: ReleaseKey, payload: bytes) -> Accepted | Duplicate | Rejected:
+    def receive(self, client: str, key: ReleaseKey, payload: P) -> Accepted | Duplicate | Rejected:
         """Take one client's payload. Nothing that arrives here can end the round or enter the sum twice."""
         self._check_usable()
         if client not in self._roster:
             return Rejected(Rejection.UNKNOWN_CLIENT, f"client {client!r} is not on the roster of run {self._run}")
         if key != self.key:
             return Rejected(Rejection.WRONG_KEY, f"client {client!r}: got {key}, expected {self.key}")
-        checksum = _checksum(payload)
+        checksum = self._checksum(payload)
         expected = self._received.get(client)
         if expected == checksum:
             return Duplicate()
@@ -217,11 +229,11 @@ class RoundMachine(Generic[A]):
             return Rejected(Rejection.CHANGED, f"client {client!r}: other bytes than it sent before for {key}")
         if self._state not in {RoundState.OPEN, RoundState.REFILL}:
             return Rejected(Rejection.CLOSED, f"client {client!r}: {key} is {self._state.value}")
-        if len(payload) > self._policy.payload_limit_bytes:
+        if self._size(payload) > self._policy.payload_limit_bytes:
             self._gone.add(client)
             return Rejected(
                 Rejection.TOO_LARGE,
-                f"client {client!r}: {len(payload)} bytes, limit payload_limit_bytes is {self._policy.payload_limit_bytes}",
+                f"client {client!r}: {self._size(payload)} bytes, limit payload_limit_bytes is {self._policy.payload_limit_bytes}",
             )
         try:
             self._sum.add(client, payload)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, unique
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from fedlearn.errors import StateError
 from fedlearn.release.journal import pack, unpack
@@ -154,10 +154,13 @@ class RoundPolicy:
     roster_limit: int = 1_000_000
 
 
-class Accumulator(Protocol):
+P_contra = TypeVar("P_contra", contravariant=True)
+
+
+class Accumulator(Protocol[P_contra]):
     """A running sum of one attempt. A new one is made for every attempt and after every crash."""
 
-    def add(self, client: str, payload: bytes) -> None:
+    def add(self, client: str, payload: P_contra) -> None:
         """Add one client's payload, or raise and be as before.
 
         Raises:
@@ -188,7 +191,7 @@ class Masking(Protocol):
         """True when the answers suffice."""
         ...
 
-    def unmask(self, accumulator: Accumulator) -> None:
+    def unmask(self, accumulator: Accumulator[Any]) -> None:
         """Take the masks off the sum."""
         ...
 
@@ -205,5 +208,5 @@ class NoMasking:
     def ready(self) -> bool:
         return True
 
-    def unmask(self, accumulator: Accumulator) -> None:
+    def unmask(self, accumulator: Accumulator[Any]) -> None:
         """Nothing to take off."""

@@ -41,7 +41,7 @@ class SequentialBackend:
         self._model = build_model(population.task, study.seed).to(device)
         self._memories: dict[str, ClientMemory] = {}
 
-    def clients(self) -> Sequence[str]:
+    def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:  # noqa: ARG002  # all are here
         return sorted(self._population.client_ids)
 
     def fit(self, work: Work) -> Iterator[Fitted | Failed]:

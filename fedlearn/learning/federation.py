@@ -1,0 +1,352 @@
+"""The one round loop: a simulation, a federation over our link and a rehearsal on Flower are this, with another backend.
+
+Each round goes through the release path's `RoundMachine` on a journal, so a crash anywhere is resumed where it happened: the
+machine says what to do next, and the checkpoint is written in the same transaction as the round's record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from fedlearn import arrays as named
+from fedlearn import events
+from fedlearn.clock import Clock, SystemClock
+from fedlearn.errors import RunFailedError, StateError, UnsupportedError, UpdateError
+from fedlearn.learning.backend import Backend, Failed, Fitted, Scored, Work
+from fedlearn.learning.cohort import pick_cohort
+from fedlearn.learning.collect import Collector, collector_for, update_checksum
+from fedlearn.learning.postprocess import apply_on_server, chain_of
+from fedlearn.learning.strategy import ServerState, Strategy
+from fedlearn.learning.update import DELTA, Aggregate, Update
+from fedlearn.release.coordinator import RoundMachine
+from fedlearn.release.keys import AttemptId, record_key
+from fedlearn.release.round import Begin, Resume, RoundPolicy, RoundState
+from fedlearn.release.round import Failed as RunOver
+
+if TYPE_CHECKING:
+    from fedlearn.arrays import Arrays
+    from fedlearn.release.journal import Journal
+    from fedlearn.study import Study
+
+_PARTS: Final = ("model", "shared", "memory")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        state: the server's state after the last committed round.
+        history: one row a round, with its evaluation where there was one.
+        stopped: True when somebody stopped the run before its last round.
+    """
+
+    state: ServerState
+    history: tuple[Mapping[str, Any], ...] = field(repr=False)
+    stopped: bool = False
+
+
+class Federation:
+    """One run of one study.
+
+    Args:
+        study: what to run.
+        run: the run's name.
+        strategy: both rules.
+        initial: the model before the first round.
+        backend: does the clients' work.
+        journal: durable, of this run; a second `Federation` on it goes on where the first one stopped.
+        metric: the task's primary metric.
+        emit: takes events.
+        clock: durations come from it.
+        should_stop: asked between rounds.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        run: str,
+        strategy: Strategy,
+        initial: Arrays,
+        backend: Backend,
+        journal: Journal,
+        *,
+        metric: str,
+        emit: events.Emit,
+        clock: Clock | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        check_combination(study, strategy)
+        self._study, self._run, self._strategy, self._backend = study, run, strategy, backend
+        self._journal, self._metric, self._emit, self._should_stop = journal, metric, emit, should_stop
+        self._clock = clock if clock is not None else SystemClock()
+        self._chain = chain_of(study)
+        self._initial = initial
+        self._state = self._load_state()
+        self._machine: RoundMachine[Update, Collector] = RoundMachine(
+            journal,
+            run,
+            lambda: collector_for(strategy, self._initial),
+            checksum=update_checksum,
+            size=lambda update: sum(named.size_bytes(a) for a in update.private.values()),
+            policy=RoundPolicy(min_survivors=study.cohort.minimum, max_attempts=study.runtime.max_attempts),
+        )
+        self._population = 0
+
+    def run(self) -> Outcome:
+        """Run to the last round, or until stopped.
+
+        Raises:
+            RunFailedError: too few clients came, or a round was void too often; what was committed is in the journal.
+        """
+        started_s = self._clock.monotonic()
+        try:
+            clients = self._wait_for_clients()
+            self._population = self._fixed_population(len(clients))
+            self._emit(
+                events.RunStarted(
+                    self._run,
+                    self._study.name,
+                    self._study.rounds,
+                    self._state.round,
+                    tuple(clients),
+                    sum(int(a.size) for a in self._state.model.values()),
+                    self._metric,
+                )
+            )
+            self._evaluate_if_due()
+            while (step := self._machine.next_step) != _past_the_last(self._study.rounds):
+                if self._should_stop():
+                    self._emit(events.RunStopped(self._run, self._state.round))
+                    return Outcome(self._state, self.history(), stopped=True)
+                self._round(step)
+        except RunFailedError as error:
+            self._emit(events.RunFailed(self._run, error.message))
+            raise
+        digest = named.digest(self._state.model)
+        self._emit(events.RunFinished(self._run, self._state.round, self._clock.monotonic() - started_s, digest))
+        return Outcome(self._state, self.history())
+
+    def history(self) -> tuple[Mapping[str, Any], ...]:
+        """One row for each committed round, as recorded."""
+        rows = []
+        for number in range(1, self._state.round + 1):
+            record = self._machine.record(number)
+            row = {} if record is None else json.loads(record)
+            evaluated = self._journal.get(self._place("evaluated", number))
+            rows.append({"round": number, **row, **({} if evaluated is None else json.loads(evaluated))})
+        return tuple(rows)
+
+    def _round(self, step: Begin | Resume | RunOver) -> None:
+        if isinstance(step, RunOver):
+            raise RunFailedError(step.reason, hint="see the run's events for what each client reported")
+        started_s = self._clock.monotonic()
+        digest = broadcast_digest(self._state)
+        if isinstance(step, Resume):
+            cohort = step.roster if step.survivors is None else step.survivors
+            if step.key.model_digest != digest:
+                raise StateError(
+                    f"run {self._run}: the journal's open attempt is for another model than its checkpoint"
+                )
+            at = step.key.at
+        else:
+            at = step.at
+            cohort = self._cohort(at)
+            self._machine.begin(at, cohort, digest)
+        self._emit(events.RoundStarted(self._run, at.round, at.attempt, len(cohort)))
+        losses: dict[str, tuple[float, int]] = {}
+        dropped = 0
+        for reply in self._backend.fit(self._work(at, cohort, digest)):
+            reason = self._take(reply)
+            if isinstance(reply, Fitted) and reason is None:
+                losses[reply.client] = (reply.update.facts.get("loss", math.nan), reply.update.examples)
+                self._emit(events.ClientFinished(self._run, at.round, reply.client, reply.update.facts))
+            else:
+                dropped += 1
+                self._emit(events.ClientDropped(self._run, at.round, reply.client, reason or ""))
+        if self._machine.state is RoundState.OPEN:
+            self._machine.close()
+        if self._machine.state is not RoundState.SUMMED:
+            self._give_up(at)
+            return
+        aggregate = self._aggregate()
+        if aggregate is None:
+            self._give_up(at)
+            return
+        self._state = replace(self._strategy.server_step(self._state, aggregate), round=at.round)
+        finished = events.RoundFinished(
+            self._run,
+            at.round,
+            at.attempt,
+            clients=aggregate.clients,
+            dropped=dropped,
+            seconds=self._clock.monotonic() - started_s,
+            train_loss=_weighted_mean(losses),
+            update_norm=_norm(aggregate.means[DELTA]),
+        )
+        self._machine.commit(_row(finished), {self._place("checkpoint"): _state_bytes(self._state)})
+        self._emit(finished)
+        self._evaluate_if_due()
+
+    def _take(self, reply: Fitted | Failed) -> str | None:
+        """Hand a reply to the machine; None when it entered the sum, else the reason why not."""
+        if isinstance(reply, Failed):
+            self._machine.gone(reply.client)
+            return reply.reason
+        answer = self._machine.receive(reply.client, self._machine.key, reply.update)
+        return getattr(answer, "message", None)
+
+    def _aggregate(self) -> Aggregate | None:
+        collector = self._machine.total
+        try:
+            return apply_on_server(self._chain, collector.aggregate(self._population))
+        except UpdateError as error:
+            self._machine.void(error.message)
+            return None
+        finally:
+            collector.close()
+
+    def _give_up(self, at: AttemptId) -> None:
+        self._emit(events.RoundVoid(self._run, at.round, at.attempt, self._machine.reason))
+
+    def _evaluate_if_due(self) -> None:
+        number, every = self._state.round, self._study.evaluate.every
+        due = number > 0 and every > 0 and (number % every == 0 or number == self._study.rounds)
+        place = self._place("evaluated", number)
+        if not due or self._journal.get(place) is not None:
+            return
+        clients = pick_cohort(
+            self._backend.clients(), self._study.evaluate.clients, self._study.seed, "evaluate", number
+        )
+        work = self._work(AttemptId(number, 1), clients, broadcast_digest(self._state))
+        scored = sorted(
+            (reply for reply in self._backend.evaluate(work) if isinstance(reply, Scored)), key=lambda s: s.client
+        )
+        event = events.Evaluated(
+            self._run,
+            number,
+            mean_metrics(scored),
+            {s.client: dict(s.metrics) | {"examples": s.examples} for s in scored},
+        )
+        self._journal.write({place: _row(event)})
+        self._emit(event)
+
+    def _work(self, at: AttemptId, cohort: tuple[str, ...], digest: str) -> Work:
+        bases = {client: base for client in cohort if (base := self._machine.base_of(client)) is not None}
+        return Work(
+            at.round,
+            at.attempt,
+            cohort,
+            self._state.model,
+            self._state.shared,
+            digest,
+            bases,
+            self._study.runtime.deadline_s,
+        )
+
+    def _cohort(self, at: AttemptId) -> tuple[str, ...]:
+        clients = self._wait_for_clients()
+        return pick_cohort(clients, self._study.cohort.size, self._study.seed, "train", at.round)
+
+    def _wait_for_clients(self) -> tuple[str, ...]:
+        table = self._study.cohort
+        first = self._machine.next_step == Begin(AttemptId(1, 1))
+        needed = (table.wait_for or table.size or table.minimum) if first else table.minimum
+        clients = tuple(self._backend.clients(needed, self._study.runtime.wait_s))
+        if len(clients) < needed:
+            raise RunFailedError(
+                f"run {self._run}: {len(clients)} clients connected within {self._study.runtime.wait_s:g} s, needs {needed}",
+                hint="start the missing clients, or lower cohort.wait_for, cohort.size or cohort.minimum",
+            )
+        return clients
+
+    def _fixed_population(self, connected: int) -> int:
+        """How many clients the study has: settled when the run begins, since server rules depend on it."""
+        place = self._place("population")
+        if (known := self._journal.get(place)) is not None:
+            return int(known)
+        self._journal.write({place: str(connected).encode()})
+        return connected
+
+    def _load_state(self) -> ServerState:
+        data = self._journal.get(self._place("checkpoint"))
+        return self._strategy.server_init(self._initial) if data is None else _state_from_bytes(data, self._initial)
+
+    def _place(self, *parts: str | int) -> str:
+        return record_key(parts[0], self._run, *parts[1:])
+
+
+def check_combination(study: Study, strategy: Strategy) -> None:
+    """Refuse what cannot be combined, when the study is read.
+
+    Raises:
+        UnsupportedError: says what excludes what, and why.
+    """
+    if strategy.stateful and study.train.precision == "bfloat16":
+        raise UnsupportedError(
+            f"strategy {strategy.name!r} with train.precision = 'bfloat16': its client state is made from weight "
+            "differences that bfloat16 rounds away",
+            hint="use float32",
+        )
+
+
+def broadcast_digest(state: ServerState) -> str:
+    """SHA-256 of everything that a round's clients are sent, as hex."""
+    return named.digest({f"{part}/{name}": a for part in _PARTS[:2] for name, a in getattr(state, part).items()})
+
+
+def mean_metrics(scored: list[Scored]) -> dict[str, float]:
+    """Means over clients, weighted by test examples; a client whose metric is undefined is left out of that metric."""
+    names = sorted({name for s in scored for name in s.metrics})
+    means = {}
+    for name in names:
+        pairs = {s.client: (s.metrics[name], s.examples) for s in scored if name in s.metrics}
+        means[name] = _weighted_mean(pairs)
+    return means
+
+
+def _weighted_mean(pairs: Mapping[str, tuple[float, int]]) -> float:
+    """Mean of (value, weight) over clients, in the order of their names, without NaN values."""
+    kept = [pairs[client] for client in sorted(pairs) if not math.isnan(pairs[client][0])]
+    weight = sum(w for _, w in kept)
+    return math.fsum(v * w for v, w in kept) / weight if weight else math.nan
+
+
+def _norm(arrays: Arrays) -> float:
+    return math.sqrt(math.fsum(float(np.square(a, dtype=np.float64).sum()) for a in arrays.values()))
+
+
+def _past_the_last(rounds: int) -> Begin:
+    return Begin(AttemptId(rounds + 1, 1))
+
+
+def _row(event: events.RoundFinished | events.Evaluated) -> bytes:
+    row = events.to_dict(event, 0.0)
+    for key in ("event", "at", "run", "round"):
+        row.pop(key)
+    if isinstance(event, events.Evaluated):
+        row = {"metrics": row["mean"], "clients_metrics": row["clients"]}
+    return json.dumps(row, sort_keys=True).encode()
+
+
+def _state_bytes(state: ServerState) -> bytes:
+    flat = {f"{part}/{name}": array for part in _PARTS for name, array in getattr(state, part).items()}
+    return named.to_bytes({**flat, "round": np.array(state.round, dtype=np.int64)})
+
+
+def _state_from_bytes(data: bytes, initial: Arrays) -> ServerState:
+    flat = named.from_bytes(data)
+    parts = {
+        part: {name.removeprefix(f"{part}/"): a for name, a in flat.items() if name.startswith(f"{part}/")}
+        for part in _PARTS
+    }
+    if set(parts["model"]) != set(initial):
+        raise StateError("checkpoint: its model has other arrays than the task's; another version of the task made it")
+    model = {name: parts["model"][name] for name in initial}
+    return ServerState(model, parts["shared"], parts["memory"], int(flat["round"]))
