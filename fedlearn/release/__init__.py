@@ -5,7 +5,7 @@ half is `RoundMachine`: one exact sum per round over exactly the journaled survi
 """
 
 from fedlearn.release.charge import Charge, Charger, CostCharger, Weighing
-from fedlearn.release.coordinator import RoundMachine
+from fedlearn.release.coordinator import RoundMachine, checksum_of
 from fedlearn.release.journal import Changes, Journal, MemoryDisk, MemoryJournal
 from fedlearn.release.keys import TRAIN, UNMASK, AttemptId, ReleaseKey
 from fedlearn.release.records import (
@@ -71,4 +71,5 @@ __all__ = [
     "SitePolicy",
     "Status",
     "Weighing",
+    "checksum_of",
 ]

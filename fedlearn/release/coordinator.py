@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import xxhash
 
@@ -45,9 +45,30 @@ from fedlearn.release.round import (
 )
 
 P = TypeVar("P")
-A = TypeVar("A", bound=Accumulator)  # type: ignore[type-arg]  # bound to the machine's own P
+A = TypeVar("A", bound=Accumulator[Any])
 
 _LIVE = frozenset({RoundState.OPEN, RoundState.REFILL, RoundState.UNMASKING, RoundState.SUMMED})
+
+
+def checksum_of(*parts: Any) -> str:
+    """Tells a resend from other bytes; 128 bits, as hex.
+
+    Not for secrecy and not for evidence, so speed decides: a client that can make two payloads collide could as well
+    choose its first one.
+
+    Args:
+        parts: contiguous buffers, for example bytes or arrays, in a fixed order.
+    """
+    total = xxhash.xxh3_128()
+    for part in parts:
+        view = memoryview(part)
+        total.update(view.nbytes.to_bytes(8, "big"))
+        total.update(view)
+    return total.hexdigest()
+
+
+def _size_of(payload: Any) -> int:
+    return memoryview(payload).nbytes
 
 
 class RoundMachine(Generic[P, A]):
@@ -57,8 +78,8 @@ class RoundMachine(Generic[P, A]):
         journal: where the run is recorded; a machine opened on it stands where the last one stood.
         run: the run's name.
         policy: thresholds and limits.
-        accumulator: makes an empty sum.
-        checksum: of a payload; equal payloads have equal ones. By default xxh3 of bytes.
+        accumulator: makes an empty sum of payloads of type P.
+        checksum: tells payloads apart; equal payloads have equal ones. See `checksum_of`, the default for bytes.
         size: of a payload, in bytes.
         masking: makes the hook that takes masks off a sum.
         exchange: the exchange whose payloads are summed.
@@ -73,17 +94,17 @@ class RoundMachine(Generic[P, A]):
         run: str,
         accumulator: Callable[[], A],
         *,
-        checksum: Callable[[P], str] | None = None,
-        size: Callable[[P], int] = len,  # type: ignore[assignment]  # of bytes
+        checksum: Callable[[P], str] = checksum_of,
+        size: Callable[[P], int] = _size_of,
         policy: RoundPolicy | None = None,
-        masking: Callable[[], Masking] = NoMasking,
+        masking: Callable[[], Masking[A]] = NoMasking,
         exchange: str = TRAIN,
     ) -> None:
         self._journal = journal
         self._run = run
         self._policy = policy if policy is not None else RoundPolicy()
         self._make_sum = accumulator
-        self._checksum: Callable[[P], str] = checksum if checksum is not None else _checksum  # type: ignore[assignment]
+        self._checksum = checksum
         self._size = size
         self._make_masking = masking
         self._exchange = exchange
@@ -229,12 +250,9 @@ class RoundMachine(Generic[P, A]):
             return Rejected(Rejection.CHANGED, f"client {client!r}: other bytes than it sent before for {key}")
         if self._state not in {RoundState.OPEN, RoundState.REFILL}:
             return Rejected(Rejection.CLOSED, f"client {client!r}: {key} is {self._state.value}")
-        if self._size(payload) > self._policy.payload_limit_bytes:
+        if (size := self._size(payload)) > self._policy.payload_limit_bytes:
             self._gone.add(client)
-            return Rejected(
-                Rejection.TOO_LARGE,
-                f"client {client!r}: {self._size(payload)} bytes, limit payload_limit_bytes is {self._policy.payload_limit_bytes}",
-            )
+            return self._too_large(client, size)
         try:
             self._sum.add(client, payload)
         except (UpdateError, RemoteProtocolError) as error:
@@ -291,7 +309,7 @@ class RoundMachine(Generic[P, A]):
                 Rejection.WRONG_KEY, f"client {client!r}: got {key}, expected the {UNMASK} exchange of {self.key}"
             )
         if client in self._answered:
-            if self._answered[client] == _checksum(answer):
+            if self._answered[client] == checksum_of(answer):
                 return Duplicate()
             return Rejected(
                 Rejection.CHANGED, f"client {client!r}: another answer than before to the same unmask request"
@@ -300,13 +318,13 @@ class RoundMachine(Generic[P, A]):
             return Rejected(Rejection.CLOSED, f"client {client!r}: {key} is {self._state.value}")
         if len(answer) > self._policy.payload_limit_bytes:
             self._gone.add(client)
-            return Rejected(Rejection.TOO_LARGE, f"client {client!r}: an unmask answer of {len(answer)} bytes")
+            return self._too_large(client, len(answer))
         try:
             self._masking.answer(client, answer)
         except (UpdateError, RemoteProtocolError) as error:
             self._gone.add(client)
             return Rejected(Rejection.INVALID, f"client {client!r}: {error.message}")
-        self._answered[client] = _checksum(answer)
+        self._answered[client] = checksum_of(answer)
         self._open_sum()
         return Accepted()
 
@@ -397,6 +415,10 @@ class RoundMachine(Generic[P, A]):
             raise LocalProtocolError(f"run {self._run}: nothing was begun")
         return self._attempt
 
+    def _too_large(self, client: str, size: int) -> Rejected:
+        limit = self._policy.payload_limit_bytes
+        return Rejected(Rejection.TOO_LARGE, f"client {client!r}: {size} bytes, limit payload_limit_bytes is {limit}")
+
     def _load_attempt(self) -> Attempt | None:
         head = self._journal.get(record_key("head", self._run))
         if head is None:
@@ -441,8 +463,3 @@ def _state_of(attempt: Attempt | None) -> RoundState:
     if attempt.state is RoundState.OPEN and attempt.survivors is not None:
         return RoundState.REFILL
     return attempt.state
-
-
-def _checksum(payload: bytes) -> str:
-    """Tells a resend from other bytes. Not a secret and not evidence: a client could as well choose its first payload."""
-    return xxhash.xxh3_128_hexdigest(payload)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, unique
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from fedlearn.errors import StateError
 from fedlearn.release.journal import pack, unpack
@@ -144,7 +144,7 @@ class RoundPolicy:
     Args:
         min_survivors: fewer payloads than this make an attempt void.
         max_attempts: attempts at one round; when the last is void the run has failed.
-        payload_limit_bytes: the largest payload of one client.
+        payload_limit_bytes: the largest payload, or answer to an unmask request, of one client.
         roster_limit: the most clients of one attempt.
     """
 
@@ -155,12 +155,13 @@ class RoundPolicy:
 
 
 P_contra = TypeVar("P_contra", contravariant=True)
+A_contra = TypeVar("A_contra", contravariant=True)
 
 
 class Accumulator(Protocol[P_contra]):
     """A running sum of one attempt. A new one is made for every attempt and after every crash."""
 
-    def add(self, client: str, payload: P_contra) -> None:
+    def add(self, client: str, payload: P_contra, /) -> None:
         """Add one client's payload, or raise and be as before.
 
         Raises:
@@ -169,7 +170,7 @@ class Accumulator(Protocol[P_contra]):
         ...
 
 
-class Masking(Protocol):
+class Masking(Protocol[A_contra]):
     """Takes masks off a sum. One object for every attempt and after every crash; secure aggregation plugs in here."""
 
     def requests(self, key: ReleaseKey, roster: tuple[str, ...], survivors: tuple[str, ...]) -> Mapping[str, bytes]:
@@ -191,7 +192,7 @@ class Masking(Protocol):
         """True when the answers suffice."""
         ...
 
-    def unmask(self, accumulator: Accumulator[Any]) -> None:
+    def unmask(self, total: A_contra, /) -> None:
         """Take the masks off the sum."""
         ...
 
@@ -208,5 +209,5 @@ class NoMasking:
     def ready(self) -> bool:
         return True
 
-    def unmask(self, accumulator: Accumulator[Any]) -> None:
+    def unmask(self, total: object, /) -> None:
         """Nothing to take off."""
