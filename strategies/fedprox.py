@@ -1,0 +1,43 @@
+"""FedProx: local training is pulled back towards the global weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fedlearn.learning.strategy import MAIN, ClientStart, Pass
+from strategies.fedavg import FedAvg
+from strategies.options import number
+
+if TYPE_CHECKING:
+    from fedlearn.learning.strategy import Direction, Tensors
+
+
+@dataclass(frozen=True)
+class FedProx(FedAvg):
+    """FedAvg with a proximal term.
+
+    Li et al. 2020, "Federated Optimization in Heterogeneous Networks", equation 2 and algorithm 2. Client k minimises
+
+        h_k(w; x) = F_k(w) + mu / 2 * ||w - x||^2,    so each step goes along    grad F_k(w) + mu (w - x)
+
+    with x the global weights as they were broadcast. With mu = 0 this is FedAvg. Clients are weighted by their examples, as in the
+    paper's objective (its equation 1); the paper's own sampling scheme draws them with that probability instead.
+    """
+
+    name: ClassVar[str] = "fedprox"
+    paper: ClassVar[str] = "Li et al. 2020 (MLSys), equation 2 and algorithm 2"
+
+    mu: float = number(0.01, "strength of the pull towards the global weights", low=0)
+
+    def client_passes(self, start: ClientStart) -> tuple[Pass, ...]:
+        return (Pass(MAIN, start.model, pull_towards(start.model, self.mu)),)
+
+
+def pull_towards(anchor: Tensors, strength: float) -> Direction:
+    """The gradient of loss + strength / 2 * ||w - anchor||^2, from the gradient of the loss."""
+
+    def direction(gradient: Tensors, weights: Tensors) -> Tensors:
+        return {name: g + strength * (weights[name] - anchor[name]) for name, g in gradient.items()}
+
+    return direction
