@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -144,6 +145,13 @@ class Study(_Table):
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, every default written out."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def with_overrides(self, overrides: Sequence[str]) -> Study:
+        """The same study with `key=value` overrides applied; see `load_study`."""
+        tree = self.model_dump(mode="json")
+        for override in overrides:
+            _apply_override(tree, override)
+        return _validate(tree, "", self.name)
 
     @property
     def digest(self) -> str:

@@ -17,13 +17,13 @@ import torch
 from fedlearn import seeds
 from fedlearn.errors import UpdateError
 from fedlearn.learning.strategy import MAIN, ClientStart, Strategy, Trained
-from fedlearn.learning.task import Batch, ClientData, Task
+from fedlearn.learning.task import Batch, ClientData, Task, build_model
 from fedlearn.learning.update import Update
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Array, Arrays
     from fedlearn.learning.strategy import Direction, Tensors
-    from fedlearn.study import TrainTable
+    from fedlearn.study import Study, TrainTable
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,17 @@ def get_weights(model: torch.nn.Module) -> dict[str, Array]:
     return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
 
 
+def initial_weights(task: Task, study: Study) -> dict[str, Array]:
+    """The model before the first round: the task's own initialisation, drawn from the study's seed."""
+    model = build_model(task, study.seed)
+    return get_weights(model.double() if study.train.precision == "float64" else model)
+
+
 def set_weights(model: torch.nn.Module, weights: Arrays) -> None:
     """Copy named arrays into the model's parameters."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(np.array(weights[name])))
+            parameter.copy_(torch.from_numpy(np.array(weights[name])))  # a copy: torch wants it writable
 
 
 def fit(
@@ -199,7 +205,7 @@ def evaluate(
     model: torch.nn.Module,
     train: TrainTable,
     data: Batch,
-    weights: Tensors | Arrays,
+    weights: Arrays,
     batch_size: int = 1024,
 ) -> dict[str, float]:
     """Metrics of given weights on a batch of examples, with the mean loss as "loss"; empty without examples."""
@@ -214,17 +220,13 @@ def predict(
     model: torch.nn.Module,
     train: TrainTable,
     data: Batch,
-    weights: Tensors | Arrays,
+    weights: Arrays,
     batch_size: int = 1024,
 ) -> tuple[Array, Array]:
     """The model's outputs, shape (n, ...), and losses, shape (n,), both as numpy arrays."""
     device = next(model.parameters()).device
     model.to(torch.float64 if train.precision == "float64" else torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(
-                torch.as_tensor(np.array(weights[name]) if isinstance(weights[name], np.ndarray) else weights[name])
-            )
+    set_weights(model, weights)
     model.eval()
     outputs, losses = [], []
     with torch.inference_mode(), _autocast(device, train.precision):

@@ -93,6 +93,26 @@ def check_changes(changes: Changes) -> None:
             )
 
 
+class DictJournal:
+    """A journal that lives and dies with its process: for a simulation, and where a runtime offers no disk."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, bytes] = {}
+
+    def get(self, key: str) -> bytes | None:
+        return self._records.get(key)
+
+    def scan(self, prefix: str) -> Iterator[tuple[str, bytes]]:
+        yield from ((key, self._records[key]) for key in sorted(self._records) if key.startswith(prefix))
+
+    def write(self, changes: Changes) -> None:
+        check_changes(changes)
+        _apply(self._records, changes)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class MemoryDisk:
     """An append-only file in memory that forgets what was not synced.
 

@@ -1,0 +1,96 @@
+"""The Flower ServerApp: the round loop over a grid, the same under our coordinator and on stock Flower."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.serverapp import ServerApp
+
+from fedlearn import events
+from fedlearn.app import load_app
+from fedlearn.arrays import to_bytes
+from fedlearn.clock import SystemClock
+from fedlearn.errors import StudyError
+from fedlearn.learning.messages import RequestEncoder
+from fedlearn.release.journal import DictJournal
+from fedlearn.report.folder import RunFolder
+from fedlearn.report.history import History
+from fedlearn.study import load_study, parse_study
+from fedlearn.tasks import load_task
+from server.rounds import GridBackend
+
+if TYPE_CHECKING:
+    from flwr.app import Context
+    from flwr.serverapp import Grid
+
+    from fedlearn.learning.federation import Outcome
+    from fedlearn.learning.runtime import RunRuntime
+    from fedlearn.learning.task import Task
+    from fedlearn.study import Study
+
+app = ServerApp()
+log = logging.getLogger("fedlearn.server")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one study to its end.
+
+    Under our coordinator `grid.runtime` lends a journal, an event sink and the submitted study. On stock Flower the study
+    is named in the run's config (`study`, `overrides`), events go to the log, and nothing outlives the process.
+    """
+    import torch
+
+    from fedlearn.learning.federation import Federation
+    from fedlearn.learning.local import initial_weights
+
+    runtime: RunRuntime | None = getattr(grid, "runtime", None)
+    study = _study(runtime, context)
+    run = runtime.run_id if runtime is not None else f"flower-{context.run_id}"
+    torch.set_num_threads(study.runtime.threads)
+    task = load_task(study.task.name, study.task.options)
+    own = load_app()
+    backend = GridBackend(
+        grid,
+        RequestEncoder(run, study.to_json(), own.digest),
+        client_name=runtime.client_name if runtime is not None else None,
+    )
+    federation = Federation(
+        study,
+        run,
+        own.strategy(study.strategy.name, study.strategy.options),
+        initial_weights(task, study),
+        backend,
+        runtime.journal if runtime is not None else DictJournal(),
+        metric=task.card.metric,
+        emit=runtime.emit if runtime is not None else _log_event,
+        should_stop=runtime.should_stop if runtime is not None else lambda: False,
+    )
+    outcome = federation.run()
+    if runtime is not None and not outcome.stopped:
+        runtime.checkpoints.finish(to_bytes(outcome.state.model), {"study": study.to_json()})
+    elif runtime is None:
+        _save_beside(context, study, task, outcome)
+
+
+def _study(runtime: RunRuntime | None, context: Context) -> Study:
+    if runtime is not None:
+        return parse_study(runtime.study_text, runtime.overrides)
+    name = context.run_config.get("study")
+    if not isinstance(name, str):
+        raise StudyError("run config: no 'study'", hint="flwr run . --run-config 'study=\"simulations/heart.toml\"'")
+    return load_study(load_app().study(name), tuple(shlex.split(str(context.run_config.get("overrides", "")))))
+
+
+def _log_event(event: events.Event) -> None:
+    log.warning("%s", events.to_json(event, SystemClock().wall()))
+
+
+def _save_beside(context: Context, study: Study, task: Task, outcome: Outcome) -> None:
+    """On stock Flower: write the run folder that the run's config names as `out`, if it does."""
+    if folder := str(context.run_config.get("out", "")):
+        history = History(outcome.history, task.card.metric)
+        RunFolder(Path(folder)).save(study, outcome.state.model, history, {"study_sha256": study.digest})
