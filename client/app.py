@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlearn.app import load_app
+from fedlearn.app import app_of
 from fedlearn.data.population import build_population, site_population
 from fedlearn.errors import DataError, RemoteProtocolError
 from fedlearn.learning import messages
@@ -125,7 +125,7 @@ def _warm_site(study_json: str, client_id: str, partition_id: str, data: str, de
         client_id = clients[int(partition_id)]
     population = site_population(study, task, client_id, Path(data) if data else None)
     model = build_model(task, study.seed).to(resolve_device(device))
-    strategy = load_app().strategy(study.strategy.name, study.strategy.options)
+    strategy = app_of(__file__).strategy(study.strategy.name, study.strategy.options)
     return Site(client_id, study, task, strategy, population.client(client_id), model)
 
 

@@ -84,6 +84,15 @@ def own_root() -> Path:
     return installed if installed.is_dir() else package.parent
 
 
+def app_of(module_file: str) -> App:
+    """The app that a module such as `server/app.py` belongs to, wherever it was loaded from.
+
+    Whoever imported the module put the app's folder on `sys.path`: `load_app`, or Flower after it unpacked a FAB. So both
+    sides take their strategies from the app that they were told to run, and not from another copy on this machine.
+    """
+    return App(Path(module_file).resolve().parents[1])
+
+
 def load_app(folder: Path | str | None = None) -> App:
     """Put an app's folder first on `sys.path` and say where its parts are.
 
@@ -104,11 +113,11 @@ def load_app(folder: Path | str | None = None) -> App:
     if root == own or not settings.is_file():
         return App(own)
     try:
-        components = tomllib.loads(settings.read_text())["tool"]["flwr"]["app"]["components"]
+        components = tomllib.loads(settings.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["components"]
         return App(root, str(components["serverapp"]), str(components["clientapp"]), native=False)
-    except KeyError:
+    except (KeyError, TypeError):
         return App(own)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # not TOML, or not UTF-8
         raise StudyError(f"{settings}: cannot be read: {error}") from None
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from flwr.serverapp import ServerApp
 
 from fedlearn import events
-from fedlearn.app import load_app
+from fedlearn.app import app_of
 from fedlearn.arrays import to_bytes
 from fedlearn.clock import SystemClock
 from fedlearn.errors import StudyError
@@ -52,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
     run = runtime.run_id if runtime is not None else f"flower-{context.run_id}"
     torch.set_num_threads(study.runtime.threads)
     task = load_task(study.task.name, study.task.options)
-    own = load_app()
+    own = app_of(__file__)
     backend = GridBackend(
         grid,
         RequestEncoder(run, study.to_json(), own.digest),
@@ -82,7 +82,7 @@ def _study(runtime: RunRuntime | None, context: Context) -> Study:
     name = context.run_config.get("study")
     if not isinstance(name, str):
         raise StudyError("run config: no 'study'", hint="flwr run . --run-config 'study=\"simulations/heart.toml\"'")
-    return load_study(load_app().study(name), tuple(shlex.split(str(context.run_config.get("overrides", "")))))
+    return load_study(app_of(__file__).study(name), tuple(shlex.split(str(context.run_config.get("overrides", "")))))
 
 
 def _log_event(event: events.Event) -> None:
