@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DESCRIBE_S: Final = 120.0
 """A client answers its first message only when its worker has loaded torch and the data."""
+REASK_S: Final = 30.0
+"""A client that would not, or could not, say who it is, is asked again after this long."""
 STOCK_POLL_S: Final = 0.5
 """Flower's own grid cannot be waited on, only asked. Ours is never polled."""
 
@@ -44,19 +46,21 @@ class GridBackend:
         self._grid, self._encoder, self._client_name = grid, encoder, client_name
         self._node_of: dict[str, int] = {}
         self._refused: dict[int, str] = {}
+        self._asked_s: dict[int, float] = {}
+        self._silent: set[int] = set()
 
     def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:
         """Connected clients that take part in this study; asks newcomers who they are."""
         deadline = time.monotonic() + timeout_s
         while True:
             nodes = set(self._grid.get_node_ids())
-            known = set(self._node_of.values())
-            self._describe(sorted(nodes - known))
-            here = sorted(client for client, node in self._node_of.items() if node in nodes)
+            self._forget(nodes)
+            self._describe(self._to_ask(nodes, patient=len(self._node_of) < at_least))
+            here = sorted(self._node_of)
             left_s = deadline - time.monotonic()
             if len(here) >= at_least or left_s <= 0:
                 return here
-            self._wait_for_nodes(len(nodes) + 1, left_s)
+            self._wait_for_nodes(len(nodes) + 1, min(left_s, REASK_S) if self._refused else left_s)
 
     @property
     def refusals(self) -> Sequence[str]:
@@ -98,26 +102,53 @@ class GridBackend:
             yield client_of[node], reply
 
     def _send(self, outgoing: dict[int, Message], deadline_s: float) -> Iterator[tuple[int, RecordDict | str]]:
+        """Each node once, with its reply's content or the reason why there is none."""
         deadline = time.monotonic() + deadline_s
         nodes = list(outgoing)
         ids = list(self._grid.push_messages(outgoing.values()))
         outgoing.clear()
         waiting = dict(zip(ids, nodes, strict=True))
-        while waiting and (left_s := deadline - time.monotonic()) > 0:
-            for reply in self._wait(list(waiting), left_s):
-                node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield node, reply.error.reason or "error without a reason" if reply.has_error() else reply.content
-        for node in waiting.values():
-            yield node, f"no reply within {deadline_s:g} s"
+        try:
+            while waiting and (left_s := deadline - time.monotonic()) > 0:
+                for reply in self._wait(list(waiting), left_s):
+                    node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                    if node is not None:
+                        yield node, _content_or_reason(reply)
+            for node in waiting.values():
+                yield node, f"no reply within {deadline_s:g} s"
+        finally:
+            self._drop(list(waiting))
+
+    def _forget(self, nodes: set[int]) -> None:
+        """Drop what is known of nodes that are gone: their place and name are free for others."""
+        self._node_of = {client: node for client, node in self._node_of.items() if node in nodes}
+        self._refused = {node: reason for node, reason in self._refused.items() if node in nodes}
+        self._asked_s = {node: at for node, at in self._asked_s.items() if node in nodes}
+        self._silent &= nodes
+
+    def _to_ask(self, nodes: set[int], *, patient: bool) -> Sequence[int]:
+        """Newcomers, and now and then those that refused; one that did not answer at all only while others are missing."""
+        due_s = time.monotonic() - REASK_S
+        asked = self._asked_s
+        unknown = nodes - set(self._node_of.values())
+        return sorted(
+            n for n in unknown if n not in asked or (asked[n] <= due_s and (patient or n not in self._silent))
+        )
 
     def _describe(self, nodes: Sequence[int]) -> None:
         if not nodes:
             return
         outgoing = {n: Message(self._encoder.describe(), n, MessageType.QUERY, ttl=DESCRIBE_S) for n in nodes}
-        for node, reply in self._send(outgoing, DESCRIBE_S):
+        started_s = time.monotonic()
+        answers = dict(self._send(outgoing, DESCRIBE_S))
+        for node in nodes:  # not in order of arrival: of two that claim one name the smaller id has it
+            self._asked_s[node] = time.monotonic()
+            self._silent.discard(node)
+            reply = answers[node]
             if isinstance(reply, str):
                 self._refused[node] = reply
+                if time.monotonic() - started_s >= DESCRIBE_S:
+                    self._silent.add(node)
                 continue
             try:
                 client = messages.decode_description(reply)
@@ -127,6 +158,9 @@ class GridBackend:
             name = self._client_name(node) if self._client_name is not None else client
             if name != client:
                 self._refused[node] = f"calls itself {client!r}, its certificate says {name!r}"
+                continue
+            if client in self._node_of:
+                self._refused[node] = f"calls itself {client!r}, and so does another client that is connected"
                 continue
             self._refused.pop(node, None)
             self._node_of[client] = node
@@ -141,9 +175,19 @@ class GridBackend:
             time.sleep(min(STOCK_POLL_S, timeout_s))
         return found
 
+    def _drop(self, ids: Sequence[str]) -> None:
+        """Nobody waits for these any more; a grid that can forget them does."""
+        drop: Any = getattr(self._grid, "drop", None)
+        if drop is not None and ids:
+            drop(ids)
+
     def _wait_for_nodes(self, count: int, timeout_s: float) -> None:
         wait_nodes: Any = getattr(self._grid, "wait_nodes", None)
         if wait_nodes is not None:
             wait_nodes(count, timeout_s)
         else:
             time.sleep(min(STOCK_POLL_S, timeout_s))
+
+
+def _content_or_reason(reply: Message) -> RecordDict | str:
+    return reply.error.reason or "error without a reason" if reply.has_error() else reply.content

@@ -7,10 +7,11 @@ numpy's own format and are read with `allow_pickle=False`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from flwr.app import Array as FlowerArray
@@ -19,14 +20,22 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedlearn.arrays import LIMITS, Arrays, check_limits
 from fedlearn.errors import LimitExceededError, RemoteProtocolError
 from fedlearn.learning.backend import Base, Exchange, Scored, Work
+from fedlearn.learning.collect import MAX_EXAMPLES
 from fedlearn.learning.update import Update
 
 if TYPE_CHECKING:
     from fedlearn import arrays as named
 
-RECORD = "fedlearn"
-PRIVATE = "private."
-FORMAT = 1
+RECORD: Final = "fedlearn"
+PRIVATE: Final = "private."
+FORMAT: Final = 1
+
+MAX_METRICS: Final = 1_000
+"""The most metrics or facts of one client; each enters the history."""
+MAX_NAME_BYTES: Final = 200
+"""The longest name of a metric or of a client."""
+NPY_HEADER_BYTES: Final = 10_000
+"""The longest header of an array in numpy's format."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,10 @@ def encode_description(client: str, facts: Mapping[str, str | int | float]) -> R
 
 def decode_description(content: RecordDict) -> str:
     """The study client id that a client answered with."""
-    return _text(_facts_of(content), "client")
+    client = _text(_facts_of(content), "client")
+    if not 1 <= len(client.encode(errors="replace")) <= MAX_NAME_BYTES:
+        raise RemoteProtocolError(f"message: a client id of {len(client)} characters, limit is {MAX_NAME_BYTES} bytes")
+    return client
 
 
 def encode_update(update: Update) -> RecordDict:
@@ -158,7 +170,10 @@ def encode_scores(metrics: Mapping[str, float], examples: int) -> RecordDict:
 
 def decode_scores(client: str, content: RecordDict) -> Scored:
     """A client's metrics from a reply's content."""
-    return Scored(client, _metrics(content, "metrics"), _number(_facts_of(content), "examples"))
+    examples = _number(_facts_of(content), "examples")
+    if not 0 <= examples <= MAX_EXAMPLES:
+        raise RemoteProtocolError(f"message: {examples} test examples, expected 0 to {MAX_EXAMPLES}")
+    return Scored(client, _metrics(content, "metrics"), examples)
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
@@ -177,12 +192,32 @@ def from_record(content: RecordDict, key: str) -> dict[str, named.Array]:
     for name, array in record.items():
         if array.stype != "numpy.ndarray":
             raise RemoteProtocolError(f"message: array {name!r} has format {array.stype!r}, expected numpy.ndarray")
-        try:
-            arrays[name] = np.load(BytesIO(array.data), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise RemoteProtocolError(f"message: array {name!r} cannot be read: {error}") from None
+        arrays[name] = _read_array(name, array.data)
     check_limits(arrays)
     return arrays
+
+
+def _read_array(name: str, data: bytes) -> named.Array:
+    """An array from numpy's own format (.npy), a read-only view of `data`.
+
+    Not `numpy.load`: that opens archives too, and allocates whatever a header claims.
+    """
+    source = BytesIO(bytes(memoryview(data)[: NPY_HEADER_BYTES + 16]))
+    try:
+        major, _ = np.lib.format.read_magic(source)
+        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(source, max_header_size=NPY_HEADER_BYTES)
+        # numpy refuses objects and any count that is not exactly what the data holds.
+        flat: named.Array = np.frombuffer(data, dtype=dtype, offset=source.tell())
+        return flat.reshape(_counted(shape, flat.size), order="F" if fortran_order else "C")
+    except (ValueError, TypeError, EOFError, RecursionError, MemoryError, OverflowError) as error:
+        raise RemoteProtocolError(f"message: array {name!r} cannot be read: {error}") from None
+
+
+def _counted(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    if min(shape, default=0) < 0 or math.prod(shape) != size:
+        raise ValueError(f"{size} values for shape {list(shape)}")
+    return shape
 
 
 def _facts_of(content: RecordDict) -> Mapping[str, Any]:
@@ -215,4 +250,11 @@ def _metrics(content: RecordDict, key: str) -> dict[str, float]:
     record = content.get(key)
     if not isinstance(record, MetricRecord):
         raise RemoteProtocolError(f"message: record {key!r} is {type(record).__name__}, expected metrics")
-    return {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+    if len(record) > MAX_METRICS or any(len(name.encode(errors="replace")) > MAX_NAME_BYTES for name in record):
+        raise LimitExceededError(
+            f"message: {len(record)} metrics, limits are {MAX_METRICS} metrics with names of {MAX_NAME_BYTES} bytes"
+        )
+    try:
+        return {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+    except OverflowError:
+        raise RemoteProtocolError(f"message: record {key!r} holds an integer that is no float") from None
