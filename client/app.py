@@ -65,7 +65,7 @@ def train(message: Message, context: Context) -> Message:
         place=local.Place(site.study.seed, request.round, site.client),
         global_model=request.model,
         shared=request.shared,
-        state=memory.at(request.base),
+        state=memory.at(request.base) if site.strategy.stateful else {},
     )
     if site.strategy.stateful:
         memory.candidates[request.round, request.attempt] = result.state
@@ -81,7 +81,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
     request = messages.decode_request(message.content)
     site = _site(request.study, context)
-    state = _read_memory(context.state).peek(request.base)
+    state = _read_memory(context.state).peek(request.base) if site.strategy.stateful else {}
     weights = local.client_weights(site.strategy, request.model, request.shared, state)
     metrics = local.evaluate(
         site.task, site.model, site.study.train, site.data.test, weights, site.study.evaluate.batch_size

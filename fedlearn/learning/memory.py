@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedlearn.arrays import Arrays
+from fedlearn.errors import StateError
 from fedlearn.learning.backend import Base
 
 
@@ -21,12 +22,31 @@ class ClientMemory:
     candidates: dict[Base, Arrays] = field(default_factory=dict, repr=False)
 
     def at(self, base: Base | None) -> Arrays:
-        """The state to continue from; candidates that were passed over are dropped."""
-        if base is not None and base in self.candidates:
-            self.base, self.state = base, self.candidates[base]
+        """The state to continue from; candidates that were passed over are dropped.
+
+        Raises:
+            StateError: the server counts on a state that is not here; nothing has changed.
+        """
+        state = self.peek(base)
+        self.base, self.state = base, state
         self.candidates.clear()
-        return self.state
+        return state
 
     def peek(self, base: Base | None) -> Arrays:
-        """The state at a base, without a decision on the candidates."""
-        return self.candidates.get(base, self.state) if base is not None else self.state
+        """The state at a base, without a decision on the candidates.
+
+        Raises:
+            StateError: it is not here.
+        """
+        if base == self.base:
+            return self.state
+        if base is None or base not in self.candidates:
+            raise StateError(
+                f"client memory: the server continues from {_named(base)}, this client has {_named(self.base)}",
+                hint="the client lost its memory of this run, or the server resumed an older state",
+            )
+        return self.candidates[base]
+
+
+def _named(base: Base | None) -> str:
+    return "no round" if base is None else f"round {base[0]} attempt {base[1]}"

@@ -62,7 +62,7 @@ class SequentialBackend:
             place=local.Place(self._study.seed, work.round, client),
             global_model=work.model,
             shared=work.shared,
-            state=memory.at(work.base.get(client)),
+            state=memory.at(work.base.get(client)) if self._strategy.stateful else {},
         )
         if self._strategy.stateful:
             memory.candidates[work.round, work.attempt] = result.state
@@ -74,9 +74,8 @@ class SequentialBackend:
             try:
                 data = self._population.client(client).test
                 memory = self._memories.get(client, ClientMemory())
-                weights = local.client_weights(
-                    self._strategy, work.model, work.shared, memory.peek(work.base.get(client))
-                )
+                state = memory.peek(work.base.get(client)) if self._strategy.stateful else {}
+                weights = local.client_weights(self._strategy, work.model, work.shared, state)
                 metrics = local.evaluate(
                     self._population.task,
                     self._model,
