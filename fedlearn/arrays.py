@@ -70,7 +70,7 @@ def to_bytes(arrays: Arrays) -> bytes:
     for name, array in arrays.items():
         if str(array.dtype) not in DTYPES:
             raise UpdateError(f"array {name!r}: got dtype {array.dtype}, expected one of {', '.join(sorted(DTYPES))}")
-    return bytes(_safetensors_save({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}))
+    return bytes(_safetensors_save({name: _contiguous(arrays[name]) for name in sorted(arrays)}))
 
 
 def from_bytes(data: bytes | memoryview, limits: ArrayLimits = LIMITS) -> dict[str, Array]:
@@ -153,7 +153,12 @@ def digest(arrays: Arrays) -> str:
     """SHA-256 over names, dtypes, shapes and data, as hex. Equal arrays have equal digests, whatever their order."""
     sha = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = _contiguous(arrays[name])
         sha.update(f"{len(name)}:{name}:{array.dtype}:{array.shape};".encode())
         sha.update(array.data.cast("B") if array.size else b"")
     return sha.hexdigest()
+
+
+def _contiguous(array: Array) -> Array:
+    """In C order; unlike `numpy.ascontiguousarray`, a scalar stays one."""
+    return np.require(array, requirements="C") if array.ndim else array
