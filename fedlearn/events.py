@@ -1,6 +1,7 @@
 """Events are the one record of a run: whatever is shown, logged, stored or reported was an event first.
 
-Each event is a frozen value. `to_json` and `from_json` are exact inverses; the line format is one JSON object with the event's name, a wall
+Each event is a frozen value. `to_json` and `from_json` are inverses, but for values that are not finite: JSON has none, so all of
+them come back as NaN. The line format is one JSON object with the event's name, a wall
 clock time for people, and its fields.
 """
 
@@ -153,7 +154,7 @@ def from_json(line: str) -> tuple[Event, float]:
         wall_s = float(tree.pop("at"))
         known = {f.name for f in fields(kind)}
         return kind(**{k: _restore(v) for k, v in tree.items() if k in known}), wall_s
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise StateError(f"event: cannot be read back: {error!r}") from None
 
 

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from fedlearn.arrays import check_finite
+from fedlearn.errors import UpdateError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
+
+    from fedlearn.arrays import Array
     from fedlearn.learning.update import Aggregate, Update
     from fedlearn.study import Study
 
@@ -37,8 +41,8 @@ class Postprocessor(Protocol):
 class ClipL2:
     """Scale an update so that its joint L2 norm over everything released is at most `clip_l2`.
 
-    An update within the bound, the zero update among them, is returned as it is. One that is not finite is refused: clipping would
-    pass NaN on.
+    An update within the bound, the zero update among them, is returned as it is. One that is not finite, or whose norm is not, is
+    refused: clipping would pass NaN on. Values are rounded towards zero, so rounding cannot lift the norm above the bound again.
     """
 
     clip_l2: float
@@ -49,9 +53,11 @@ class ClipL2:
         norm = joint_l2_norm(update)
         if norm <= self.clip_l2:
             return update
+        if not math.isfinite(norm):
+            raise UpdateError(f"update: its L2 norm is {norm}, expected a finite one", hint="training diverged")
         scale = self.clip_l2 / norm
         private = {
-            name: {key: (a.astype(np.float64) * scale).astype(a.dtype) for key, a in arrays.items()}
+            name: {key: _towards_zero(a.astype(np.float64) * scale, a.dtype) for key, a in arrays.items()}
             for name, arrays in update.private.items()
         }
         return replace(update, private=private)
@@ -62,13 +68,21 @@ class ClipL2:
 
 def joint_l2_norm(update: Update) -> float:
     """The L2 norm of all released arrays taken as one vector, summed in float64."""
-    return math.sqrt(
-        math.fsum(
+    with np.errstate(over="ignore"):  # an infinite norm says so itself
+        squares = [
             float(np.square(array, dtype=np.float64).sum())
             for arrays in update.private.values()
             for array in arrays.values()
-        )
-    )
+        ]
+    try:
+        return math.sqrt(math.fsum(squares))
+    except OverflowError:
+        return math.inf
+
+
+def _towards_zero(exact: npt.NDArray[np.float64], dtype: np.dtype[np.generic]) -> Array:
+    rounded = exact.astype(dtype)
+    return np.where(np.abs(rounded) > np.abs(exact), np.nextafter(rounded, np.zeros_like(rounded)), rounded)
 
 
 def chain_of(study: Study) -> tuple[Postprocessor, ...]:
