@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -95,7 +95,10 @@ class Federation:
             lambda: collector_for(strategy, self._initial),
             checksum=update_checksum,
             size=lambda update: sum(named.size_bytes(a) for a in update.private.values()),
-            policy=RoundPolicy(min_survivors=study.cohort.minimum, max_attempts=study.runtime.max_attempts),
+            policy=RoundPolicy(
+                min_survivors=max(study.cohort.minimum, strategy.min_clients),
+                max_attempts=study.runtime.max_attempts,
+            ),
         )
         self._population = 0
 
@@ -107,7 +110,7 @@ class Federation:
         """
         started_s = self._clock.monotonic()
         try:
-            clients = self._wait_for_clients()
+            clients = self._gather()
             self._population = self._fixed_population(len(clients))
             self._emit(
                 events.RunStarted(
@@ -179,7 +182,7 @@ class Federation:
         if aggregate is None:
             self._give_up(at)
             return
-        self._state = replace(self._strategy.server_step(self._state, aggregate), round=at.round)
+        self._state = self._next_state(at, aggregate)
         finished = events.RoundFinished(
             self._run,
             at.round,
@@ -212,15 +215,27 @@ class Federation:
         finally:
             collector.close()
 
+    def _next_state(self, at: AttemptId, aggregate: Aggregate) -> ServerState:
+        """What the server rule makes of the aggregate. A rule that overflows would do so again, so the run ends."""
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for in the result
+            state = replace(self._strategy.server_step(self._state, aggregate), round=at.round)
+        try:
+            for part in _PARTS:
+                named.check_finite(getattr(state, part), what=f"round {at.round}: the server's {part}")
+        except UpdateError as error:
+            self._machine.fail(error.message)
+            raise RunFailedError(
+                error.message, hint="training diverged; lower train.lr or strategy's server_lr"
+            ) from None
+        return state
+
     def _give_up(self, at: AttemptId) -> None:
         self._emit(events.RoundVoid(self._run, at.round, at.attempt, self._machine.reason))
 
     def _evaluate_if_due(self) -> None:
-        number, every = self._state.round, self._study.evaluate.every
-        due = number > 0 and every > 0 and (number % every == 0 or number == self._study.rounds)
-        place = self._place("evaluated", number)
-        if not due or self._journal.get(place) is not None:
+        if not self._evaluation_due():
             return
+        number = self._state.round
         clients = pick_cohort(
             self._backend.clients(), self._study.evaluate.clients, self._study.seed, "evaluate", number
         )
@@ -234,8 +249,13 @@ class Federation:
             mean_metrics(scored),
             {s.client: dict(s.metrics) | {"examples": s.examples} for s in scored},
         )
-        self._journal.write({place: _row(event)})
+        self._journal.write({self._place("evaluated", number): _row(event)})
         self._emit(event)
+
+    def _evaluation_due(self) -> bool:
+        number, every = self._state.round, self._study.evaluate.every
+        due = number > 0 and every > 0 and (number % every == 0 or number == self._study.rounds)
+        return due and self._journal.get(self._place("evaluated", number)) is None
 
     def _work(self, at: AttemptId, cohort: tuple[str, ...], digest: str) -> Work:
         bases = {client: base for client in cohort if (base := self._machine.base_of(client)) is not None}
@@ -253,6 +273,18 @@ class Federation:
     def _cohort(self, at: AttemptId) -> tuple[str, ...]:
         clients = self._wait_for_clients()
         return pick_cohort(clients, self._study.cohort.size, self._study.seed, "train", at.round)
+
+    def _gather(self) -> tuple[str, ...]:
+        """The clients to start with. A resumed run gives those of its first start time to come back, so that it ends as it would have."""
+        step = self._machine.next_step
+        past = step == _past_the_last(self._study.rounds)
+        if isinstance(step, RunOver) or (past and not self._evaluation_due()):
+            return tuple(self._backend.clients())
+        here: Sequence[str] = ()
+        if (known := self._journal.get(self._place("population"))) is not None:
+            runtime = self._study.runtime
+            here = self._backend.clients(int(known), min(runtime.wait_s, runtime.deadline_s))
+        return tuple(here) if past else self._wait_for_clients()
 
     def _wait_for_clients(self) -> tuple[str, ...]:
         table = self._study.cohort
@@ -312,10 +344,16 @@ def mean_metrics(scored: list[Scored]) -> dict[str, float]:
 
 
 def _weighted_mean(pairs: Mapping[str, tuple[float, int]]) -> float:
-    """Mean of (value, weight) over clients, in the order of their names, without NaN values."""
-    kept = [pairs[client] for client in sorted(pairs) if not math.isnan(pairs[client][0])]
+    """Mean of (value, weight) over clients, in the order of their names, without values that are not finite.
+
+    The values are somebody's claim: whatever they are, this returns.
+    """
+    kept = [pairs[client] for client in sorted(pairs) if math.isfinite(pairs[client][0])]
     weight = sum(w for _, w in kept)
-    return math.fsum(v * w for v, w in kept) / weight if weight else math.nan
+    try:
+        return math.fsum(v * w for v, w in kept) / weight if weight else math.nan
+    except (OverflowError, ValueError):  # beyond float's range
+        return math.nan
 
 
 def _norm(arrays: Arrays) -> float:
@@ -346,7 +384,9 @@ def _state_from_bytes(data: bytes, initial: Arrays) -> ServerState:
         part: {name.removeprefix(f"{part}/"): a for name, a in flat.items() if name.startswith(f"{part}/")}
         for part in _PARTS
     }
-    if set(parts["model"]) != set(initial):
-        raise StateError("checkpoint: its model has other arrays than the task's; another version of the task made it")
+    try:
+        named.check_same(parts["model"], named.specs_of(initial), what="checkpoint")
+    except UpdateError as error:
+        raise StateError(error.message, hint="another version of the task made it") from None
     model = {name: parts["model"][name] for name in initial}
     return ServerState(model, parts["shared"], parts["memory"], int(flat["round"]))
