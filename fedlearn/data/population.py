@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from fedlearn.data.partition import make_partition
 
+from fedlearn.data.partition import make_partition
 from fedlearn.errors import DataError
 from fedlearn.learning.task import Population, Task
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -171,7 +171,10 @@ class Task(ABC):
     def options(self) -> Mapping[str, Any]:
         """The constructor's arguments that differ from their defaults."""
         declared: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
-        return {f.name: getattr(self, f.name) for f in declared if f.init and getattr(self, f.name) != f.default}
+        defaults = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in declared if f.init
+        }
+        return {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
 
 
 def stratified_fold(y: npt.NDArray[Any], seed: int, folds: int, fold: int) -> tuple[IntArray, IntArray]:
@@ -194,6 +197,24 @@ def stratified_fold(y: npt.NDArray[Any], seed: int, folds: int, fold: int) -> tu
     in_test = np.zeros(n, dtype=bool)
     in_test[by_label[fold::folds]] = True
     return rows[~in_test], rows[in_test]
+
+
+def time_ordered_fold(n: int, folds: int, fold: int) -> tuple[IntArray, IntArray]:
+    """The past trains, the future tests: for rows in the order of time.
+
+    Fold 0 tests on the last 1/k of the rows; fold f on the block f places earlier. What comes after a test block is not used, so
+    the last fold, whose test block is the first, has nothing to train on and is refused.
+
+    Returns:
+        Training rows and test rows, int64, ascending; every training row is before every test row.
+    """
+    if folds < 1 or not 0 <= fold < max(folds - 1, 1):
+        raise DataError(f"fold: got {fold} of {folds}, expected 0 <= fold < folds - 1 for a split by time")
+    rows = np.arange(n, dtype=np.int64)
+    if folds == 1:
+        return rows, rows[:0]
+    start, end = n * (folds - 1 - fold) // folds, n * (folds - fold) // folds
+    return rows[:start], rows[start:end]
 
 
 @dataclass(frozen=True)

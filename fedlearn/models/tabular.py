@@ -1,7 +1,8 @@
-"""A small net for tables: linear layers with a smooth activation between them."""
+"""Small nets for tables: linear layers with a smooth activation between them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,3 +35,20 @@ class TabularNet(nn.Module):
         """Outputs of shape (batch, outputs) from features of shape (batch, features)."""
         logits: torch.Tensor = self.head(self.body(x))
         return logits
+
+
+class RareEventNet(TabularNet):
+    """A `TabularNet` with one logit that starts at the events' prior, so that the first steps are not spent on learning it.
+
+    Lin et al. 2017, "Focal loss for dense object detection", section 4.1.
+
+    Args:
+        features: width of the input.
+        hidden: widths of the hidden layers.
+        prior: the events' share, a public guess.
+    """
+
+    def __init__(self, features: int, hidden: Sequence[int], prior: float) -> None:
+        super().__init__(features, 1, hidden)
+        with torch.no_grad():
+            self.head.bias.fill_(math.log(prior / (1 - prior)))

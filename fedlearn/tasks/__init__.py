@@ -19,7 +19,14 @@ from fedlearn.learning.task import Task
 __all__ = ["load_task", "task_class", "task_names"]
 
 _TASKS: Final[Mapping[str, str]] = {
+    "bank/fraud": "fedlearn.tasks.fraud:FraudTask",
+    "device/keyboard": "fedlearn.tasks.keyboard:KeyboardTask",
+    "hospital/blood-smear": "fedlearn.tasks.blood_smear:BloodSmearTask",
     "hospital/heart": "fedlearn.tasks.heart:HeartTask",
+    "image/folder": "fedlearn.tasks.generic:ImageFolderTask",
+    "image/npz": "fedlearn.tasks.generic:ImageNpzTask",
+    "tabular/csv": "fedlearn.tasks.generic:TabularTask",
+    "vision/digits": "fedlearn.tasks.digits:DigitsTask",
 }
 
 
@@ -83,7 +90,9 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _check_options(name: str, cls: type[Task], given: Mapping[str, Any]) -> None:

@@ -1,0 +1,166 @@
+"""Labelled images from a MedMNIST-layout .npz file or from a folder with one subfolder a class."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlearn.data.partition import client_ids
+from fedlearn.errors import DataError
+from fedlearn.learning.task import Examples
+
+SPLITS: Final = ("train", "val", "test")
+SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
+MAX_PIXELS: Final = 64 * 1024**2
+"""Of one image, decoded."""
+
+NPZ_SCHEMA: Final = (
+    ".npz in the layout of MedMNIST: arrays of all splits are joined, fedlearn makes its own test rows",
+    "train_images: uint8, (n, height, width) or (n, height, width, channels)",
+    "train_labels: integer, (n,) or (n, 1), classes from 0",
+    "val_images, val_labels, test_images, test_labels (optional): the same",
+    "train_clients, val_clients, test_clients (optional): text, (n,), whose row it is",
+)
+
+
+def read_npz(path: Path, channels: int, classes: int) -> Examples:
+    """All images of a MedMNIST-layout file; nothing is unpickled.
+
+    Args:
+        path: the file.
+        channels: expected channels of an image.
+        classes: labels must be 0 to classes - 1.
+
+    Returns:
+        x uint8 (n, channels, height, width), y int64 (n,).
+
+    Raises:
+        DataError: the file, an array, its shape or a label is not as expected.
+    """
+    try:
+        # Opened here, because numpy takes anything that is not a zip archive for a pickle.
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise DataError(f"{path}: not an .npz archive; expected arrays named train_images and train_labels")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files if name.partition("_")[0] in SPLITS}
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; expected an .npz archive of images") from None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read as an .npz archive of plain arrays: {error}") from None
+    splits = [split for split in SPLITS if f"{split}_images" in arrays]
+    if not splits:
+        raise DataError(f"{path}: no array 'train_images'; got {', '.join(sorted(arrays)) or 'nothing of that layout'}")
+    parts = [_one_split(path, arrays, split, channels, classes) for split in splits]
+    sizes = {part.x.shape[1:] for part in parts}
+    if len(sizes) > 1:
+        raise DataError(f"{path}: got images of shapes {sorted(sizes)} in its splits, expected one shape")
+    clients = [part.client for part in parts if part.client is not None]
+    if clients and len(clients) < len(parts):
+        raise DataError(f"{path}: some splits name clients and some do not; expected all or none")
+    return Examples(
+        np.concatenate([part.x for part in parts]),
+        np.concatenate([part.y for part in parts]),
+        client_ids(np.concatenate(clients)) if clients else None,
+    )
+
+
+def _one_split(path: Path, arrays: dict[str, npt.NDArray[Any]], split: str, channels: int, classes: int) -> Examples:
+    images, name = arrays[f"{split}_images"], f"{split}_labels"
+    if name not in arrays:
+        raise DataError(f"{path}: array {split}_images has no array {name} beside it")
+    if images.dtype != np.uint8:
+        raise DataError(f"{path}: array {split}_images: got dtype {images.dtype}, expected uint8")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[3] != channels:
+        raise DataError(
+            f"{path}: array {split}_images: got shape {arrays[f'{split}_images'].shape}, "
+            f"expected (n, height, width{'' if channels == 1 else f', {channels}'})",
+            hint="set the task's option channels to what the images have",
+        )
+    labels = arrays[name]
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: array {name}: got {labels.dtype}{list(labels.shape)}, expected integers of shape [{len(images)}]"
+        )
+    _check_labels(f"{path}: array {name}", labels, classes)
+    clients = arrays.get(f"{split}_clients")
+    if clients is not None and (clients.shape != labels.shape or clients.dtype.kind != "U"):
+        raise DataError(
+            f"{path}: array {split}_clients: got {clients.dtype}{list(clients.shape)}, expected text of shape [{len(images)}]"
+        )
+    return Examples(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64), clients)
+
+
+def _check_labels(where: str, labels: npt.NDArray[Any], classes: int) -> None:
+    if len(labels) and (labels.min() < 0 or labels.max() >= classes):
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise DataError(
+            f"{where}: got label {wrong}, expected 0 to {classes - 1}",
+            hint="set the task's option classes to what the data has",
+        )
+
+
+def read_folder(path: Path, class_names: Sequence[str], size: int, channels: int) -> Examples:
+    """Images from `path/CLASS/*.png` (or .jpg, .tif, ...), resized to a square. Needs Pillow.
+
+    Args:
+        path: a folder with one subfolder a class; subfolders with other names are refused.
+        class_names: in the order of their class ids.
+        size: height and width after resizing, pixels.
+        channels: 1 for grey, 3 for colour.
+
+    Returns:
+        x uint8 (n, channels, size, size), y int64 (n,); in the order of class, then file name.
+
+    Raises:
+        DataError: a folder is missing or unknown, it is empty, or an image cannot be read.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; expected one with the subfolders {', '.join(class_names)}")
+    found = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    missing, unknown = sorted(set(class_names) - set(found)), sorted(set(found) - set(class_names))
+    if unknown or len(missing) == len(class_names):
+        raise DataError(
+            f"{path}: got the subfolders {', '.join(found[:20]) or 'none'}, expected {', '.join(class_names)}",
+            hint="one subfolder a class, named in the task's option classes; a site may lack some of them",
+        )
+    images: list[npt.NDArray[np.uint8]] = []
+    labels: list[int] = []
+    for label, name in enumerate(class_names):
+        if name not in found:
+            continue
+        for file in sorted(p for p in (path / name).iterdir() if p.suffix.lower() in SUFFIXES):
+            images.append(_read_image(file, size, channels))
+            labels.append(label)
+    if not images:
+        raise DataError(f"{path}: no images in its subfolders; expected files ending {', '.join(sorted(SUFFIXES))}")
+    return Examples(np.stack(images), np.array(labels, dtype=np.int64))
+
+
+def _read_image(file: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{file}: {image.width} x {image.height} pixels, expected {MAX_PIXELS} at most")
+            square = image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
+            pixels = np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file}: cannot be read as an image: {error}") from None
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def scaled(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Pixels 0 to 255 to -1 to 1: public constants, no statistics of the data."""
+    return (images.astype(np.float32) / 127.5 - 1.0).astype(np.float32)
