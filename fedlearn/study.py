@@ -10,17 +10,39 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
+import reprlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedlearn.errors import StudyError
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+MAX_OPTION_DEPTH = 32
+"""How deeply tables and lists may be nested in options."""
+
+
+def _json_only(value: Any, depth: int = 0) -> Any:
+    """Refuse what JSON cannot hold, since a study must come back from its JSON as it was."""
+    if depth > MAX_OPTION_DEPTH:
+        raise ValueError(f"nested more than {MAX_OPTION_DEPTH} deep")
+    if isinstance(value, dict):
+        return {key: _json_only(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_only(item, depth + 1) for item in value]
+    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(f"got {value!r}, expected text, a finite number, true, false, a list or a table")
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_json_only)]
 
 
 class _Table(BaseModel):
@@ -31,7 +53,7 @@ class TaskTable(_Table):
     """[task]: which task, and the options of its constructor."""
 
     name: Name
-    options: dict[str, Any] = {}
+    options: Options = {}
 
 
 class DataTable(_Table):
@@ -40,7 +62,7 @@ class DataTable(_Table):
     partition: Literal["natural", "iid", "dirichlet", "shards", "quantity", "feature_shift"] = "natural"
     clients: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """How many clients to make; not for the natural partition."""
-    options: dict[str, Any] = {}
+    options: Options = {}
     """The partitioner's own: alpha, shards_per_client ..."""
     folds: Annotated[int, Field(ge=1, le=1000)] = 5
     """The test share of each client is 1 / folds; 1 keeps no test set."""
@@ -76,7 +98,7 @@ class StrategyTable(_Table):
     """[strategy]: which federated algorithm, and its hyper-parameters."""
 
     name: Name = "fedavg"
-    options: dict[str, Any] = {}
+    options: Options = {}
 
 
 class CohortTable(_Table):
@@ -151,7 +173,7 @@ class Study(_Table):
         tree = self.model_dump(mode="json")
         for override in overrides:
             _apply_override(tree, override)
-        return _validate(tree, "", self.name)
+        return _validate(tree, "", self.name, overrides)
 
     @property
     def digest(self) -> str:
@@ -182,7 +204,7 @@ def load_study(path: Path | str, overrides: tuple[str, ...] = ()) -> Study:
         raise StudyError(
             f"{path}: no such study file", hint=f"did you mean {path.parent / near[0]}?" if near else ""
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or no valid path
         raise StudyError(f"{path}: cannot be read as a study: {error}") from None
     return parse_study(text, overrides, origin=str(path))
 
@@ -191,11 +213,11 @@ def parse_study(text: str, overrides: tuple[str, ...] = (), *, origin: str = "st
     """A study from TOML text; see `load_study`."""
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise StudyError(f"{origin}: not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(tree, override)
-    return _validate(tree, text, origin)
+    return _validate(tree, text, origin, overrides)
 
 
 def study_from_json(text: str) -> Study:
@@ -207,14 +229,16 @@ def study_from_json(text: str) -> Study:
     return _validate(tree, "", "study")
 
 
-def _validate(tree: Any, text: str, origin: str) -> Study:
+def _validate(tree: Any, text: str, origin: str, overrides: Sequence[str] = ()) -> Study:
     try:
         return Study.model_validate(tree)
+    except RecursionError:
+        raise StudyError(f"{origin}: nested too deeply to be a study") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = tuple(str(part) for part in first["loc"])
         line = _line_of(text, where)
-        place = f"{origin}:{line}" if line else origin
+        place = _override_of(overrides, where) or (f"{origin}:{line}" if line else origin)
         key = ".".join(where)
         if first["type"] == "extra_forbidden":
             known = _known_keys(where[:-1])
@@ -226,9 +250,19 @@ def _validate(tree: Any, text: str, origin: str) -> Study:
         if first["type"] == "missing":
             raise StudyError(f"{place}: missing key {key!r}", hint=f"add {key} to the study") from None
         got = first.get("input")
-        shown = "" if isinstance(got, dict) else f" (got {got!r})"
+        shown = "" if isinstance(got, dict) else f" (got {reprlib.repr(got)})"
         message = first["msg"].removeprefix("Value error, ")
         raise StudyError(f"{place}: {key or 'study'}: {message}{shown}") from None
+
+
+def _override_of(overrides: Sequence[str], where: tuple[str, ...]) -> str:
+    """The last override that set a key, as a place to point at; empty when none did."""
+    for override in reversed(overrides):
+        path = _override_path(override)
+        shared = min(len(path), len(where))
+        if shared and path[:shared] == where[:shared]:
+            return f"override {override!r}"
+    return ""
 
 
 def _known_keys(path: tuple[str, ...]) -> list[str]:
@@ -259,16 +293,17 @@ def _line_of(text: str, path: tuple[str, ...]) -> int | None:
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, raw = override.partition("=")
-    parts = [part.strip() for part in key.split(".")]
+    parts = _override_path(override)
+    _, equals, raw = override.partition("=")
     if not equals or not all(parts):
         raise StudyError(
             f"override {override!r}: expected key=value",
             hint="for example --set strategy.name=fedprox or --set train.lr=0.05",
         )
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {raw}")
+        value = parsed["value"] if len(parsed) == 1 else raw.strip()
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = raw.strip()
     node = tree
     for part in parts[:-1]:
@@ -277,3 +312,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise StudyError(f"override {override!r}: {part!r} is a value, not a table")
         node = child
     node[parts[-1]] = value
+
+
+def _override_path(override: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in override.partition("=")[0].split("."))
