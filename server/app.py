@@ -18,6 +18,7 @@ from fedlearn.learning.messages import RequestEncoder
 from fedlearn.release.journal import DictJournal
 from fedlearn.report.folder import RunFolder
 from fedlearn.report.history import History
+from fedlearn.simulation.run import manifest
 from fedlearn.study import load_study, parse_study
 from fedlearn.tasks import load_task
 from server.rounds import GridBackend
@@ -69,11 +70,13 @@ def main(grid: Grid, context: Context) -> None:
         emit=runtime.emit if runtime is not None else _log_event,
         should_stop=runtime.should_stop if runtime is not None else lambda: False,
     )
+    clock = SystemClock()
+    started_s = clock.monotonic()
     outcome = federation.run()
     if runtime is not None and not outcome.stopped:
         runtime.checkpoints.finish(to_bytes(outcome.state.model), {"study": study.to_json()})
     elif runtime is None:
-        _save_beside(context, study, task, outcome)
+        _save_beside(context, study, task, outcome, clock.monotonic() - started_s)
 
 
 def _study(runtime: RunRuntime | None, context: Context) -> Study:
@@ -89,8 +92,9 @@ def _log_event(event: events.Event) -> None:
     log.warning("%s", events.to_json(event, SystemClock().wall()))
 
 
-def _save_beside(context: Context, study: Study, task: Task, outcome: Outcome) -> None:
+def _save_beside(context: Context, study: Study, task: Task, outcome: Outcome, seconds: float) -> None:
     """On stock Flower: write the run folder that the run's config names as `out`, if it does."""
     if folder := str(context.run_config.get("out", "")):
         history = History(outcome.history, task.card.metric)
-        RunFolder(Path(folder)).save(study, outcome.state.model, history, {"study_sha256": study.digest})
+        facts = manifest(study, seconds) | {"runtime": "stock Flower: a rehearsal, nothing was enforced at the sites"}
+        RunFolder(Path(folder)).save(study, outcome.state.model, history, facts)

@@ -55,7 +55,12 @@ def get_weights(model: torch.nn.Module) -> dict[str, Array]:
         raise UpdateError(
             f"model: running statistics {stateful[:3]} cannot be federated", hint="use GroupNorm in place of BatchNorm"
         )
-    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
+    return {name: p.detach().cpu().numpy().copy() for name, p in trainable(model).items()}
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that training changes, by name; frozen ones are the task's own and do not travel."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def initial_weights(task: Task, study: Study) -> dict[str, Array]:
@@ -67,7 +72,7 @@ def initial_weights(task: Task, study: Study) -> dict[str, Array]:
 def set_weights(model: torch.nn.Module, weights: Arrays) -> None:
     """Copy named arrays into the model's parameters."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in trainable(model).items():
             parameter.copy_(torch.from_numpy(np.array(weights[name])))  # a copy: torch wants it writable
 
 
@@ -126,7 +131,7 @@ class LocalTrainer:
     ) -> None:
         self._task, self._model, self._train, self._data = task, model, train, data
         self._place, self._pass = place, pass_name
-        self._parameters = dict(model.named_parameters())
+        self._parameters = trainable(model)
         self._device = next(model.parameters()).device
         self._direction: Direction | None = None
         self._optimizer: torch.optim.Optimizer | None = None
