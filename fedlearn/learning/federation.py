@@ -289,7 +289,8 @@ class Federation:
     def _wait_for_clients(self) -> tuple[str, ...]:
         table = self._study.cohort
         first = self._machine.next_step == Begin(AttemptId(1, 1))
-        needed = (table.wait_for or table.size or table.minimum) if first else table.minimum
+        least = max(table.minimum, self._strategy.min_clients)
+        needed = max(table.wait_for or table.size or 0, least) if first else least
         clients = tuple(self._backend.clients(needed, self._study.runtime.wait_s))
         if len(clients) < needed:
             raise RunFailedError(
@@ -325,6 +326,18 @@ def check_combination(study: Study, strategy: Strategy) -> None:
             f"strategy {strategy.name!r} with train.precision = 'bfloat16': its client state is made from weight "
             "differences that bfloat16 rounds away",
             hint="use float32",
+        )
+    if study.cohort.size is not None and study.cohort.size < strategy.min_clients:
+        raise UnsupportedError(
+            f"strategy {strategy.name!r} needs at least {strategy.min_clients} clients a round, cohort.size is "
+            f"{study.cohort.size}",
+            hint="raise cohort.size, or choose options of the strategy that tolerate fewer faults",
+        )
+    if strategy.plain_sgd and (study.train.optimizer != "sgd" or study.train.momentum):
+        raise UnsupportedError(
+            f"strategy {strategy.name!r} with train.optimizer = {study.train.optimizer!r} and momentum = "
+            f"{study.train.momentum:g}: its client rule holds for plain SGD only ({strategy.paper})",
+            hint='set train.optimizer = "sgd" and train.momentum = 0',
         )
 
 
