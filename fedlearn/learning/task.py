@@ -94,6 +94,8 @@ class TaskCard:
         metric: the primary metric's name; higher is better.
         obtain: how a user gets the data ("included", or the command that installs it).
         schema: what a site's own file must look like, one line per column or array.
+        package: the distribution that holds the data, where one must be installed for it.
+        own_data: True when the task has no data but what the user brings.
     """
 
     title: str
@@ -104,6 +106,8 @@ class TaskCard:
     metric: str
     obtain: str
     schema: tuple[str, ...] = ()
+    package: str = ""
+    own_data: bool = False
 
 
 class Task(ABC):
@@ -166,6 +170,11 @@ class Task(ABC):
     def prepare(self, train: Examples, test: Examples) -> ClientData:
         """Raw rows to what the model is fed. Anything learnt from data is learnt from `train` alone."""
         return ClientData(Batch(train.x, train.y), Batch(test.x, test.y))
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their ids; empty where labels are no classes, or have no better names."""
+        return ()
 
     @property
     def options(self) -> Mapping[str, Any]:

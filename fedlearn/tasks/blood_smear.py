@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from fedlearn.data.images import NPZ_SCHEMA, read_npz
-from fedlearn.data.synthetic.blood_smear import blood_smear_synthetic
+from fedlearn.data.synthetic.blood_smear import CLASSES, blood_smear_synthetic
 from fedlearn.learning.task import Examples, TaskCard
 from fedlearn.tasks.classify import ImageClassification
 
@@ -51,6 +51,10 @@ class BloodSmearTask(ImageClassification):
         obtain="included (made from a seed)",
         schema=(*NPZ_SCHEMA, "images in colour; for BloodMNIST set the option classes = 8"),
     )
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return CLASSES if self.classes == len(CLASSES) else ()
 
     def load(self, source: Path | None = None) -> Examples:
         if source is not None:

@@ -77,6 +77,10 @@ class FraudTask(Task):
         ),
     )
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return ("honest", "fraud")
+
     def load(self, source: Path | None = None) -> Examples:
         """Payments as features: column 0 is the time in seconds, the others are `FEATURE_NAMES`; rows by bank, then time."""
         if source is not None:

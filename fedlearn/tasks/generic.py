@@ -77,6 +77,7 @@ class TabularTask(Task):
             "label: never missing; one of the option classes, or a number",
             "client (optional): whose row it is",
         ),
+        own_data=True,
     )
 
     def __post_init__(self) -> None:
@@ -163,6 +164,10 @@ class TabularTask(Task):
             parts.append(np.isnan(x[:, i]))
         return np.stack(parts, axis=1).astype(np.float32)
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.classes
+
     def model(self) -> torch.nn.Module:
         from fedlearn.models.tabular import TabularNet
 
@@ -215,6 +220,7 @@ class ImageNpzTask(ImageClassification):
         metric="accuracy",
         obtain="bring an .npz file, and say its classes and channels in [task.options]",
         schema=NPZ_SCHEMA,
+        own_data=True,
     )
 
     def load(self, source: Path | None = None) -> Examples:
@@ -255,6 +261,7 @@ class ImageFolderTask(ImageClassification):
             "one subfolder a class, named as in the option classes",
             "in it: .png, .jpg, .tif, .bmp or .webp files",
         ),
+        own_data=True,
     )
 
     def load(self, source: Path | None = None) -> Examples:
@@ -264,6 +271,10 @@ class ImageFolderTask(ImageClassification):
         from fedlearn.models.cnn import ImageNet
 
         return ImageNet(self.channels, len(self.classes))
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.classes
 
 
 def _own_path(path: str) -> Path:

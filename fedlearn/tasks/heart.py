@@ -132,6 +132,10 @@ class HeartTask(Task):
                 names.append(f"{column} missing")
         return tuple(names)
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return ("healthy", "ill")
+
     def load(self, source: Path | None = None) -> Examples:
         path = Path(str(files("fedlearn.data") / "files" / "heart_disease_uci.csv")) if source is None else source
         table = read_table(path, (*self.raw_columns, "num"), keep_others=True)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from fedlearn.data.messages import OWN, chitchat, read_messages
+from fedlearn.data.messages import OWN, PACKAGE, chitchat, read_messages
 from fedlearn.data.partition import client_ids
 from fedlearn.errors import DataError
 from fedlearn.learning.metrics import accuracy
@@ -70,6 +70,7 @@ class KeyboardTask(Task):
             'or .jsonl: one object a line, "text" and perhaps "user" and "time"',
             "at least 2 sequences long (the option context, 64 characters)",
         ),
+        package=PACKAGE,
     )
 
     def load(self, source: Path | None = None) -> Examples:
