@@ -31,7 +31,7 @@ class Collector(Protocol):
         ...
 
     def close(self) -> None:
-        """Free memory and files."""
+        """Free memory and files. May be called again; nothing else may be called after it."""
         ...
 
 
@@ -69,24 +69,30 @@ class SumCollector:
 
 
 class StackCollector:
-    """All updates on disk, for robust strategies."""
+    """All updates on disk, for robust strategies. There is no file before the first update."""
 
     def __init__(self, strategy: Strategy, specs: Mapping[str, Spec]) -> None:
         self._strategy = strategy
-        self._stack = UpdateStack(specs)
+        self._specs = specs
+        self._stack: UpdateStack | None = None
         self._clients: set[str] = set()
 
     def add(self, client: str, update: Update) -> None:
         _check_update(client, update, (DELTA,), self._clients)
+        if self._stack is None:
+            self._stack = UpdateStack(self._specs)
         self._stack.add(client, update.private[DELTA], update.examples)
         self._clients.add(client)
 
     def aggregate(self, population: int) -> Aggregate:
+        if self._stack is None:
+            raise UpdateError("updates: none arrived; expected at least one")
         centre = self._strategy.aggregate_stack(self._stack)
         return Aggregate({DELTA: centre}, len(self._stack), population, self._stack.examples)
 
     def close(self) -> None:
-        self._stack.close()
+        if self._stack is not None:
+            self._stack.close()
 
 
 def _check_update(client: str, update: Update, releases: tuple[str, ...], seen: set[str]) -> None:

@@ -89,10 +89,11 @@ class Federation:
         self._chain = chain_of(study)
         self._initial = initial
         self._state = self._load_state()
+        self._collector: Collector | None = None
         self._machine: RoundMachine[Update, Collector] = RoundMachine(
             journal,
             run,
-            lambda: collector_for(strategy, self._initial),
+            self._new_collector,
             checksum=update_checksum,
             size=lambda update: sum(named.size_bytes(a) for a in update.private.values()),
             policy=RoundPolicy(
@@ -132,6 +133,9 @@ class Federation:
         except RunFailedError as error:
             self._emit(events.RunFailed(self._run, error.message))
             raise
+        finally:
+            if self._collector is not None:
+                self._collector.close()
         digest = named.digest(self._state.model)
         self._emit(events.RunFinished(self._run, self._state.round, self._clock.monotonic() - started_s, digest))
         return Outcome(self._state, self.history())
@@ -206,14 +210,18 @@ class Federation:
         return getattr(answer, "message", None)
 
     def _aggregate(self) -> Aggregate | None:
-        collector = self._machine.total
         try:
-            return apply_on_server(self._chain, collector.aggregate(self._population))
+            return apply_on_server(self._chain, self._machine.total.aggregate(self._population))
         except UpdateError as error:
             self._machine.void(error.message)
             return None
-        finally:
-            collector.close()
+
+    def _new_collector(self) -> Collector:
+        """An empty one for the machine, which forgets the one before: a sum, or files on disk."""
+        if self._collector is not None:
+            self._collector.close()
+        self._collector = collector_for(self._strategy, self._initial)
+        return self._collector
 
     def _next_state(self, at: AttemptId, aggregate: Aggregate) -> ServerState:
         """What the server rule makes of the aggregate. A rule that overflows would do so again, so the run ends."""
@@ -364,9 +372,10 @@ def _weighted_mean(pairs: Mapping[str, tuple[float, int]]) -> float:
     kept = [pairs[client] for client in sorted(pairs) if math.isfinite(pairs[client][0])]
     weight = sum(w for _, w in kept)
     try:
-        return math.fsum(v * w for v, w in kept) / weight if weight else math.nan
+        mean = math.fsum(v * w for v, w in kept) / weight if weight else math.nan
     except (OverflowError, ValueError):  # beyond float's range
         return math.nan
+    return mean if math.isfinite(mean) else math.nan
 
 
 def _norm(arrays: Arrays) -> float:

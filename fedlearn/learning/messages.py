@@ -8,9 +8,9 @@ numpy's own format and are read with `allow_pickle=False`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -34,8 +34,13 @@ MAX_METRICS: Final = 1_000
 """The most metrics or facts of one client; each enters the history."""
 MAX_NAME_BYTES: Final = 200
 """The longest name of a metric or of a client."""
-NPY_HEADER_BYTES: Final = 10_000
-"""The longest header of an array in numpy's format."""
+NPY_HEADER_BYTES: Final = 1_024
+"""The longest header of an array in numpy's format: eight dimensions need a quarter of it."""
+
+_NPY_START: Final = b"\x93NUMPY\x01\x00"
+_NPY_HEADER: Final = re.compile(
+    rb"\{'descr': '([<>|][a-zA-Z]\d{1,4})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,19}, ?)*(?:\d{1,19})?)\), \} *\n"
+)
 
 
 @dataclass(frozen=True)
@@ -200,24 +205,24 @@ def from_record(content: RecordDict, key: str) -> dict[str, named.Array]:
 def _read_array(name: str, data: bytes) -> named.Array:
     """An array from numpy's own format (.npy), a read-only view of `data`.
 
-    Not `numpy.load`: that opens archives too, and allocates whatever a header claims.
+    Not numpy's reader: `numpy.load` opens archives too and allocates whatever a header claims, and headers go through
+    Python's tokenizer, which fails in its own ways. This takes the one form of header that numpy writes.
     """
-    source = BytesIO(bytes(memoryview(data)[: NPY_HEADER_BYTES + 16]))
+    start = len(_NPY_START) + 2
+    end = start + int.from_bytes(data[len(_NPY_START) : start], "little")
+    head = bytes(data[: min(end, NPY_HEADER_BYTES)])
+    match = _NPY_HEADER.fullmatch(head, start) if head.startswith(_NPY_START) else None
+    if match is None:
+        raise RemoteProtocolError(f"message: array {name!r} cannot be read: not in numpy's format")
     try:
-        major, _ = np.lib.format.read_magic(source)
-        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(source, max_header_size=NPY_HEADER_BYTES)
-        # numpy refuses objects and any count that is not exactly what the data holds.
-        flat: named.Array = np.frombuffer(data, dtype=dtype, offset=source.tell())
-        return flat.reshape(_counted(shape, flat.size), order="F" if fortran_order else "C")
-    except (ValueError, TypeError, EOFError, RecursionError, MemoryError, OverflowError) as error:
+        dtype = np.dtype(match[1].decode())
+        shape = tuple(int(size) for size in match[3].replace(b" ", b"").split(b",") if size)
+        flat: named.Array = np.frombuffer(data, dtype=dtype, offset=end)
+    except (ValueError, TypeError) as error:
         raise RemoteProtocolError(f"message: array {name!r} cannot be read: {error}") from None
-
-
-def _counted(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    if min(shape, default=0) < 0 or math.prod(shape) != size:
-        raise ValueError(f"{size} values for shape {list(shape)}")
-    return shape
+    if math.prod(shape) != flat.size or len(shape) > LIMITS.dimensions:
+        raise RemoteProtocolError(f"message: array {name!r} cannot be read: {flat.size} values for shape {list(shape)}")
+    return flat.reshape(shape, order="F" if match[2] == b"True" else "C")
 
 
 def _facts_of(content: RecordDict) -> Mapping[str, Any]:
