@@ -1,0 +1,125 @@
+"""All commands and their examples. Importing this is quick: a command's own imports happen when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedlearn import __version__
+from fedlearn.cli import catalogue, certs, demo, model, processes, runs, simulate
+from fedlearn.cli.framework import add, group
+
+app = group("One model from many organisations' data, without anyone showing theirs.")
+models = group("The final model: fetch it, export it, score a file with it.")
+data = group("Tasks, their data, licences and clients.")
+authority = group("Certificates of a coordinator's development authority.")
+AT = "--server 127.0.0.1:9443"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fedlearn {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Exit codes: fedlearn exit-codes. Documentation: docs/ in the repository.")
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    del version
+
+
+add(
+    app,
+    "simulate",
+    simulate.simulate,
+    "Run a study with all its clients in this process.",
+    "fedlearn simulate simulations/heart.toml",
+    "fedlearn simulate simulations/heart.toml --rounds 5 --set strategy.name=fedprox",
+    "fedlearn simulate simulations/heart.toml --json --out runs/first",
+)
+add(
+    app,
+    "demo",
+    demo.demo,
+    "Four real hospitals train one model on this machine.",
+    "fedlearn demo",
+    "fedlearn demo --rounds 5 --out my-demo",
+)
+add(
+    app,
+    "server",
+    processes.server,
+    "The coordinator: accepts sites and runs, and stays.",
+    "fedlearn server --listen 127.0.0.1:9443 --state coordinator",
+    "fedlearn server --listen 0.0.0.0:9443 --host fl.example.org --state /var/lib/fedlearn",
+)
+add(
+    app,
+    "client",
+    processes.client,
+    "A site: dials out to the coordinator, and stays.",
+    f"fedlearn client {AT} --tls cleveland --task hospital/heart --data heart.csv",
+    f"fedlearn client --check {AT} --tls cleveland --task hospital/heart --data heart.csv",
+)
+add(
+    app,
+    "run",
+    runs.run,
+    "Submit a study to a coordinator and watch it live.",
+    f"fedlearn run simulations/heart.toml {AT} --tls coordinator/tls/operator",
+    f"fedlearn run simulations/heart.toml {AT} --rounds 5 --detach",
+)
+add(app, "runs", runs.runs, "List the coordinator's runs.", f"fedlearn runs {AT} --tls coordinator/tls/operator")
+add(app, "show", runs.show, "Show one run: its rounds and last scores.", f"fedlearn show RUN {AT}")
+add(app, "watch", runs.watch, "Watch a run live, from its first event on.", f"fedlearn watch RUN {AT}")
+add(app, "stop", runs.stop, "Stop a run after the round that it is in.", f"fedlearn stop RUN {AT}")
+add(app, "nodes", runs.nodes, "List the sites that the coordinator knows.", f"fedlearn nodes {AT}")
+add(
+    models,
+    "get",
+    model.get,
+    "Fetch a finished run's model.",
+    f"fedlearn model get RUN {AT} --out heart-model",
+)
+add(
+    models,
+    "export",
+    model.export,
+    "Export a model as safetensors, TorchScript or ONNX.",
+    "fedlearn model export heart-model --format onnx --out heart.onnx",
+    "fedlearn model export heart-model --format torchscript --out heart.pt",
+)
+add(
+    models,
+    "predict",
+    model.predict,
+    "Score a file with a model.",
+    "fedlearn model predict heart-model --data patients.csv --out scores.csv",
+    "fedlearn model predict heart-model --data new.csv --reference ours.csv",
+)
+add(data, "list", catalogue.list_tasks, "List the tasks.", "fedlearn data list", "fedlearn data list --json")
+add(
+    data,
+    "show",
+    catalogue.show_task,
+    "Show a task: data, licence, clients, schema.",
+    "fedlearn data show hospital/heart",
+    "fedlearn data show hospital/heart --plot split.png --study simulations/heart.toml",
+)
+add(
+    authority,
+    "issue",
+    certs.issue,
+    "Issue a certificate to a site or an operator.",
+    "fedlearn certs issue cleveland --state coordinator",
+    "fedlearn certs issue ada --role operator --state coordinator --out ada-tls",
+)
+app.add_typer(models, name="model")
+app.add_typer(data, name="data")
+app.add_typer(authority, name="certs")
+add(app, "strategies", catalogue.strategies, "List the federated algorithms.", "fedlearn strategies")
+add(app, "exit-codes", catalogue.exit_codes, "List the exit codes.", "fedlearn exit-codes --json")

@@ -1,0 +1,165 @@
+"""What a person sees while a run goes on: rows as rounds end, and on a terminal a bar with the time that is left.
+
+Fed by events alone, so a simulation here and a federation elsewhere look the same.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from fedlearn import events
+from fedlearn.cli.output import cell
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+MOST_ROWS: Final = 40
+"""On a terminal a longer run shows every n-th row only; a pipe gets them all."""
+_WIDTHS: Final = (7, 9, 9, 11, 10)
+
+
+class RunView:
+    """Takes events and shows them. A context manager.
+
+    Args:
+        rows: print a row a round to standard output.
+        bar: None draws a bar where standard error is a terminal.
+    """
+
+    def __init__(self, *, rows: bool = True, bar: bool | None = None) -> None:
+        self._rows = rows
+        self._bar = sys.stderr.isatty() if bar is None else bar
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._pending: events.RoundFinished | None = None
+        self.started: events.RunStarted | None = None
+        self.evaluated: events.Evaluated | None = None
+        self.ended: events.RunFinished | events.RunStopped | events.RunFailed | None = None
+        self.rounds_done = 0
+        self.round_rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flush()
+        if self._progress is not None:
+            self._progress.stop()
+
+    @property
+    def metric(self) -> str:
+        """The task's primary metric."""
+        return self.started.metric if self.started is not None else "metric"
+
+    def take(self, event: events.Event) -> None:
+        """Show one event."""
+        match event:
+            case events.RunStarted():
+                self._start(event)
+            case events.RoundStarted():
+                self._flush()
+                if event.attempt > 1:
+                    self._line(f"  round {event.round}: attempt {event.attempt}")
+            case events.ClientDropped():
+                self._line(f"  round {event.round}: {event.client} is out: {event.reason}")
+            case events.RoundVoid():
+                self._line(f"  round {event.round}: void: {event.reason}")
+            case events.RoundFinished():
+                self._flush()
+                self._pending, self.rounds_done = event, event.round
+                self._advance()
+            case events.Evaluated():
+                self.evaluated = event
+                self._advance()
+                if self._pending is not None and self._pending.round == event.round:
+                    self._flush(event.mean)
+            case events.RunFinished() | events.RunStopped() | events.RunFailed():
+                self._flush()
+                self.ended = event
+            case _:
+                pass
+
+    def _start(self, event: events.RunStarted) -> None:
+        again = self.started is not None
+        self.started, self.rounds_done = event, event.rounds_done
+        if self._bar and self._progress is None:
+            self._progress = _make_progress()
+            self._progress.start()
+            self._task = self._progress.add_task(event.study, total=event.rounds, metric="")
+        self._advance()
+        if again:
+            self._line(f"  resumed after round {event.rounds_done}")
+            return
+        self._line(f"{event.study}: {len(event.clients)} clients, {event.rounds} rounds, {event.parameters} parameters")
+        self._line(_row("round", "clients", "seconds", "train loss", event.metric))
+
+    def _advance(self) -> None:
+        if self._progress is not None:
+            value = self.evaluated.mean.get(self.metric, math.nan) if self.evaluated is not None else math.nan
+            shown = "" if math.isnan(value) else f"{self.metric} {value:.4f}"
+            self._progress.update(self._task, completed=self.rounds_done, metric=shown)
+
+    def _flush(self, mean: Mapping[str, float] | None = None) -> None:
+        done, self._pending = self._pending, None
+        if done is None:
+            return
+        value = None if mean is None else mean.get(self.metric)
+        self.round_rows.append(
+            {
+                "round": done.round,
+                "clients": done.clients,
+                "dropped": done.dropped,
+                "attempt": done.attempt,
+                "seconds": done.seconds,
+                "train_loss": done.train_loss,
+                "update_norm": done.update_norm,
+                **(dict(mean) if mean is not None else {}),
+            }
+        )
+        rounds = self.started.rounds if self.started is not None else done.round
+        every = -(-rounds // MOST_ROWS) if sys.stdout.isatty() else 1
+        if done.round % every == 0 or done.round in {1, rounds}:
+            self._line(_row(done.round, done.clients, f"{done.seconds:.2f}", done.train_loss, value))
+
+    def _line(self, text: str) -> None:
+        if not self._rows:
+            return
+        if self._progress is not None and sys.stdout.isatty():
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+
+def _row(*cells: Any) -> str:
+    return "".join(cell(value).rjust(width) for value, width in zip(cells, _WIDTHS, strict=True))
+
+
+def _make_progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[metric]}"),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

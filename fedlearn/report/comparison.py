@@ -1,0 +1,131 @@
+"""What a federation gives each of its clients, beside training alone and beside having all data in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from fedlearn import arrays
+from fedlearn.data.population import build_population
+from fedlearn.learning.task import Batch, ClientData, Population
+from fedlearn.tasks import load_task
+
+if TYPE_CHECKING:
+    from fedlearn.arrays import Arrays
+    from fedlearn.study import Study
+
+WAYS: Final = ("local only", "federated", "pooled")
+_POOLED: Final = "pooled"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores of each client's own test rows by three models.
+
+    Args:
+        metric: the task's primary metric.
+        test_rows: client to how many test rows it has.
+        scores: client to way (`WAYS`) to the metric.
+        identical: whether the simulation's weights are the given ones, byte for byte.
+    """
+
+    metric: str
+    test_rows: Mapping[str, int]
+    scores: Mapping[str, Mapping[str, float]]
+    identical: bool
+    title: str = field(default="")
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row a client."""
+        return [{"client": c, "test rows": self.test_rows[c], **scores} for c, scores in self.scores.items()]
+
+    def plot(self, path: Path | None = None) -> Any:
+        """Bars by client and way, as a matplotlib figure; saved as PNG where a path is given."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        places = np.arange(len(self.scores))
+        for i, (way, colour) in enumerate(zip(WAYS, ("#9aa5b1", "#1f6feb", "#d9a441"), strict=True)):
+            heights = [s[way] for s in self.scores.values()]
+            bars = axes.bar(places + (i - 1) * 0.27, heights, width=0.25, label=way, color=colour)
+            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+        axes.set_xticks(places, [f"{c}\n{self.test_rows[c]} test rows" for c in self.scores])
+        axes.set_ylabel(self.metric.upper() if len(self.metric) <= 3 else self.metric)
+        finite = [v for s in self.scores.values() for v in s.values() if np.isfinite(v)]
+        axes.set_ylim(max(0.0, min(finite, default=0.0) - 0.1), 1.05)
+        axes.set_title(self.title, loc="left")
+        axes.legend(frameon=False, ncols=3, loc="upper left")
+        axes.spines[["top", "right"]].set_visible(False)
+        if path is not None:
+            figure.savefig(path, dpi=130)
+        return figure
+
+
+@dataclass(frozen=True)
+class Together(Population):
+    """All clients' prepared rows as one client, each prepared at home, so that only the training differs."""
+
+    def client(self, client_id: str) -> ClientData:
+        if client_id != _POOLED:
+            return super().client(client_id)
+        parts = [super(Together, self).client(one) for one in self.rows]
+        return ClientData(_join([part.train for part in parts]), _join([part.test for part in parts]))
+
+    @property
+    def client_ids(self) -> tuple[str, ...]:
+        return (_POOLED,)
+
+
+def compare(study: Study, federated: bytes | None = None) -> Comparison:
+    """Run a study three ways in this process.
+
+    The budget is the same everywhere: rounds x epochs passes over whatever rows a way may use. Weights start equal, and each
+    client's test rows are the ones that it holds out in the federation.
+
+    Args:
+        study: on data that ships with its task, with natural clients or made ones.
+        federated: safetensors bytes of a federation's final model, compared with the simulation's; None skips that.
+
+    Raises:
+        FedlearnError: as `simulate`.
+    """
+    from fedlearn.learning import local
+    from fedlearn.learning.task import build_model
+    from fedlearn.simulation.run import simulate_population
+
+    task = load_task(study.task.name, study.task.options)
+    population = build_population(study, task)
+    quiet = study.with_overrides(["evaluate.every=0"])
+    alone = type(study).model_validate(quiet.model_dump() | {"cohort": {}})
+    simulated = simulate_population(quiet, population).weights
+    fields = {f.name: getattr(population, f.name) for f in dataclasses.fields(population) if f.name != "_cache"}
+    pooled = simulate_population(alone, Together(**fields)).weights
+    model = build_model(task, study.seed)
+
+    def score(weights: Arrays, client: str) -> float:
+        data = population.client(client).test
+        found = local.evaluate(task, model, study.train, data, weights, study.evaluate.batch_size)
+        return found.get(task.card.metric, float("nan"))
+
+    scores = {}
+    for client, rows in population.rows.items():
+        mine = dataclasses.replace(population, rows={client: rows})
+        own = simulate_population(alone, mine).weights
+        scores[client] = dict(zip(WAYS, (score(w, client) for w in (own, simulated, pooled)), strict=True))
+    return Comparison(
+        task.card.metric,
+        {client: len(population.client(client).test) for client in population.rows},
+        scores,
+        identical=federated is None or arrays.to_bytes(simulated) == federated,
+        title=study.description or study.name,
+    )
+
+
+def _join(batches: list[Batch]) -> Batch:
+    return Batch(np.concatenate([b.x for b in batches]), np.concatenate([b.y for b in batches]))
