@@ -119,6 +119,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     card: ClassVar[TaskCard]
+    keeps_rows: ClassVar[bool] = True
+    """Whether `load` gives a file's rows in their order, so that each can be scored by itself."""
 
     @abstractmethod
     def load(self, source: Path | None = None) -> Examples:
@@ -175,6 +177,11 @@ class Task(ABC):
     def label_names(self) -> tuple[str, ...]:
         """Names of the classes in the order of their ids; empty where labels are no classes, or have no better names."""
         return ()
+
+    @property
+    def label_stand_in(self) -> Mapping[str, str]:
+        """Label columns of the task's CSV, each with a valid cell: what stands in when a file to be scored has no labels."""
+        return {}
 
     @property
     def options(self) -> Mapping[str, Any]:

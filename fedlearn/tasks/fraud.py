@@ -58,6 +58,7 @@ class FraudTask(Task):
     fraud_weight: Annotated[float, Field(gt=0)] = 10.0
 
     name: ClassVar[str] = "bank/fraud"
+    keeps_rows: ClassVar[bool] = False
     card: ClassVar[TaskCard] = TaskCard(
         title="Card fraud at issuing banks that share terminals (synthetic)",
         data="synthetic: drawn by fedlearn.data.synthetic.fraud from a seed, after the description of Le Borgne et al. 2022",

@@ -168,6 +168,10 @@ class TabularTask(Task):
     def label_names(self) -> tuple[str, ...]:
         return self.classes
 
+    @property
+    def label_stand_in(self) -> dict[str, str]:
+        return {self.label: self.classes[0] if self.classes else "0"}
+
     def model(self) -> torch.nn.Module:
         from fedlearn.models.tabular import TabularNet
 

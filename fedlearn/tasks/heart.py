@@ -136,6 +136,10 @@ class HeartTask(Task):
     def label_names(self) -> tuple[str, ...]:
         return ("healthy", "ill")
 
+    @property
+    def label_stand_in(self) -> dict[str, str]:
+        return {"num": "0"}
+
     def load(self, source: Path | None = None) -> Examples:
         path = Path(str(files("fedlearn.data") / "files" / "heart_disease_uci.csv")) if source is None else source
         table = read_table(path, (*self.raw_columns, "num"), keep_others=True)

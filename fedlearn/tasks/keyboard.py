@@ -57,6 +57,7 @@ class KeyboardTask(Task):
     max_characters: Annotated[int, Field(ge=1)] = 20_000
 
     name: ClassVar[str] = "device/keyboard"
+    keeps_rows: ClassVar[bool] = False
     card: ClassVar[TaskCard] = TaskCard(
         title="The next character on a keyboard",
         data="Chit-Chat: messages of a chat competition among students, Brigham Young University (package chitchat-dataset 0.9.0)",
