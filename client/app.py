@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,19 @@ class Site:
     task: Task
     strategy: Strategy
     data: ClientData
-    model: torch.nn.Module
+    device: str
+    threads: int
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """A module to train in, on the site's device. Not needed to say who the client is, which is therefore quick."""
+        import torch
+
+        from fedlearn.learning.device import resolve_device
+        from fedlearn.learning.task import build_model
+
+        torch.set_num_threads(self.threads)
+        return build_model(self.task, self.study.seed).to(resolve_device(self.device))
 
 
 @app.query()
@@ -107,13 +119,7 @@ def _site(study_json: str, context: Context) -> Site:
 
 @lru_cache(maxsize=2)
 def _warm_site(study_json: str, client_id: str, partition_id: str, data: str, device: str, threads: int) -> Site:
-    import torch
-
-    from fedlearn.learning.device import resolve_device
-    from fedlearn.learning.task import build_model
-
     study = study_from_json(study_json)
-    torch.set_num_threads(min(study.runtime.threads, threads) if threads else study.runtime.threads)
     task = load_task(study.task.name, study.task.options)
     if not client_id:
         clients = sorted(build_population(study, task).client_ids)
@@ -124,9 +130,9 @@ def _warm_site(study_json: str, client_id: str, partition_id: str, data: str, de
             )
         client_id = clients[int(partition_id)]
     population = site_population(study, task, client_id, Path(data) if data else None)
-    model = build_model(task, study.seed).to(resolve_device(device))
     strategy = app_of(__file__).strategy(study.strategy.name, study.strategy.options)
-    return Site(client_id, study, task, strategy, population.client(client_id), model)
+    most = min(study.runtime.threads, threads) if threads else study.runtime.threads
+    return Site(client_id, study, task, strategy, population.client(client_id), device, most)
 
 
 def _read_memory(state: RecordDict) -> ClientMemory:

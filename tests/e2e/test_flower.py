@@ -139,11 +139,11 @@ def test_build_takes_the_app_folders_and_nothing_else(tmp_path):
 
 @pytest.mark.timeout(280)
 def test_flower_ends_with_the_simulations_bytes(flower: Flower):
-    """Three strategies at once, so that their messages interleave; SCAFFOLD's clients keep state between theirs."""
+    """Three runs at once, so that their messages interleave: one with scores, one whose clients keep state, one with cohorts."""
     studies = {
-        "fedavg": "rounds=2 evaluate.every=2",
-        "scaffold": "rounds=3 evaluate.every=0 strategy.name=scaffold",
-        "fedadam": "rounds=2 evaluate.every=0 strategy.name=fedadam",
+        "fedavg": "rounds=1",
+        "scaffold": "rounds=2 evaluate.every=0 strategy.name=scaffold",
+        "fedadam": "rounds=2 evaluate.every=0 strategy.name=fedadam cohort.size=2",
     }
     commands = {
         name: flower.flwr(
