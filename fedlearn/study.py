@@ -53,13 +53,16 @@ class TaskTable(_Table):
     """[task]: which task, and the options of its constructor."""
 
     name: Name
+    """A task of fedlearn's own (`fedlearn data list`), or module:attribute of yours."""
     options: Options = {}
+    """The task's own; see `fedlearn data show TASK`."""
 
 
 class DataTable(_Table):
     """[data]: how examples become clients, and which of a client's rows are its test set."""
 
     partition: Literal["natural", "iid", "dirichlet", "shards", "quantity", "feature_shift"] = "natural"
+    """How rows become clients; natural takes the clients that the data names."""
     clients: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """How many clients to make; not for the natural partition."""
     options: Options = {}
@@ -67,6 +70,7 @@ class DataTable(_Table):
     folds: Annotated[int, Field(ge=1, le=1000)] = 5
     """The test share of each client is 1 / folds; 1 keeps no test set."""
     fold: Annotated[int, Field(ge=0)] = 0
+    """Which of the folds is the test set, from 0."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DataTable:
@@ -83,11 +87,17 @@ class TrainTable(_Table):
     """[train]: local training at a client."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """The client's optimiser, made anew each round."""
     lr: Annotated[float, Field(gt=0)] = 0.1
+    """Learning rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of sgd."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 penalty; decoupled for adamw."""
     batch_size: Annotated[int, Field(ge=1)] = 32
+    """Examples a step; the last batch of an epoch may be smaller."""
     epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over the client's training rows, each round."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many steps, if that is before the last epoch ends."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
@@ -98,7 +108,9 @@ class StrategyTable(_Table):
     """[strategy]: which federated algorithm, and its hyper-parameters."""
 
     name: Name = "fedavg"
+    """One of `fedlearn strategies`."""
     options: Options = {}
+    """The strategy's own hyper-parameters."""
 
 
 class CohortTable(_Table):
@@ -133,6 +145,7 @@ class EvaluateTable(_Table):
     clients: Annotated[int, Field(ge=1)] | None = None
     """At most so many clients, drawn anew each time; absent means everybody."""
     batch_size: Annotated[int, Field(ge=1)] = 1024
+    """Examples at a time; changes speed and memory, not results."""
 
 
 class RuntimeTable(_Table):
@@ -152,9 +165,13 @@ class Study(_Table):
     """A whole study. See the files in simulations/ for examples."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Letters, digits, dot, dash and underscore; names the run and its folder."""
     description: str = ""
+    """One line for people."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Everything drawn in the seeded mode is derived from it."""
     rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    """How many models are made."""
     task: TaskTable
     data: DataTable = DataTable()
     train: TrainTable = TrainTable()

@@ -221,16 +221,19 @@ def _compare(rounds: int | None, weights: bytes, folder: Path) -> Comparison:
 
 
 def _print(folder: Path, comparison: Comparison) -> None:
-    print("\nAUC on each hospital's own test patients (a fifth; nobody trained on them):\n")
-    header = ("hospital", "test patients", "local only", "federated", "pooled")
-    print_table([tuple(row.values()) for row in comparison.table()], header, indent="  ")
+    print("\nAUC on each hospital's own test patients, a fifth of its own, that nobody trained on:\n")
+    rows = comparison.table()
+    print_table([tuple(row.values()) for row in rows], ("hospital", "test", *list(rows[0])[2:]), indent="  ")
     print(
         "\n  local only: the hospital trains alone. federated: what just ran. pooled: all rows in one place, which is"
     )
     print(
         "  possible here only because this data is public. The same model, optimiser and passes over the data for all."
     )
-    print("  One split of few patients says little; benchmarks/heart.py repeats it over 10 seeds with intervals.")
+    print(
+        "  One split of few patients says little (see how few are healthy in Switzerland): benchmarks/heart.py repeats it"
+    )
+    print("  over 10 seeds, with intervals.")
     print(
         f"\nthe simulation's final weights {'are' if comparison.identical else 'ARE NOT'} the federation's, byte for byte\n"
     )

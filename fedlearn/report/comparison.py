@@ -17,9 +17,13 @@ from fedlearn.tasks import load_task
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
+    from fedlearn.learning.task import Task
     from fedlearn.study import Study
 
 WAYS: Final = ("local only", "federated", "pooled")
+COLOURS: Final = ("#9aa5b1", "#1f6feb", "#d9a441")
+CHANCE: Final = {"auc": 0.5}
+"""What guessing scores, where bars begin."""
 _POOLED: Final = "pooled"
 
 
@@ -30,19 +34,24 @@ class Comparison:
     Args:
         metric: the task's primary metric.
         test_rows: client to how many test rows it has.
+        labels: client to how many of them have each label; empty where labels are no named classes.
         scores: client to way (`WAYS`) to the metric.
         identical: whether the simulation's weights are the given ones, byte for byte.
     """
 
     metric: str
     test_rows: Mapping[str, int]
+    labels: Mapping[str, Mapping[str, int]]
     scores: Mapping[str, Mapping[str, float]]
     identical: bool
     title: str = field(default="")
 
     def table(self) -> list[dict[str, Any]]:
         """One row a client."""
-        return [{"client": c, "test rows": self.test_rows[c], **scores} for c, scores in self.scores.items()]
+        return [
+            {"client": c, "test rows": self.test_rows[c], **self.labels.get(c, {}), **scores}
+            for c, scores in self.scores.items()
+        ]
 
     def plot(self, path: Path | None = None) -> Any:
         """Bars by client and way, as a matplotlib figure; saved as PNG where a path is given."""
@@ -51,20 +60,26 @@ class Comparison:
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         places = np.arange(len(self.scores))
-        for i, (way, colour) in enumerate(zip(WAYS, ("#9aa5b1", "#1f6feb", "#d9a441"), strict=True)):
-            heights = [s[way] for s in self.scores.values()]
-            bars = axes.bar(places + (i - 1) * 0.27, heights, width=0.25, label=way, color=colour)
-            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-        axes.set_xticks(places, [f"{c}\n{self.test_rows[c]} test rows" for c in self.scores])
-        axes.set_ylabel(self.metric.upper() if len(self.metric) <= 3 else self.metric)
-        finite = [v for s in self.scores.values() for v in s.values() if np.isfinite(v)]
-        axes.set_ylim(max(0.0, min(finite, default=0.0) - 0.1), 1.05)
+        base = CHANCE.get(self.metric, 0.0)
+        for i, (way, colour) in enumerate(zip(WAYS, COLOURS, strict=True)):
+            heights = np.array([s[way] for s in self.scores.values()])
+            bars = axes.bar(places + (i - 1) * 0.27, heights - base, width=0.25, bottom=base, label=way, color=colour)
+            axes.bar_label(bars, [f"{h:.2f}" for h in heights], fontsize=8, padding=2)
+        axes.axhline(base, color="black", linewidth=0.8)
+        axes.set_xticks(places, [self._tick(client) for client in self.scores])
+        name = self.metric.upper() if len(self.metric) <= 3 else self.metric
+        axes.set_ylabel(f"{name} ({base:g} is chance)" if base else name)
+        axes.margins(y=0.15)
         axes.set_title(self.title, loc="left")
-        axes.legend(frameon=False, ncols=3, loc="upper left")
+        axes.legend(frameon=False, ncols=3, loc="upper right")
         axes.spines[["top", "right"]].set_visible(False)
         if path is not None:
             figure.savefig(path, dpi=130)
         return figure
+
+    def _tick(self, client: str) -> str:
+        counts = ", ".join(f"{count} {label}" for label, count in self.labels.get(client, {}).items())
+        return f"{client}\n{counts or f'{self.test_rows[client]} test rows'}"
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,7 @@ def compare(study: Study, federated: bytes | None = None) -> Comparison:
     return Comparison(
         task.card.metric,
         {client: len(population.client(client).test) for client in population.rows},
+        {client: _label_counts(task, population.client(client).test) for client in population.rows},
         scores,
         identical=federated is None or arrays.to_bytes(simulated) == federated,
         title=study.description or study.name,
@@ -129,3 +145,10 @@ def compare(study: Study, federated: bytes | None = None) -> Comparison:
 
 def _join(batches: list[Batch]) -> Batch:
     return Batch(np.concatenate([b.x for b in batches]), np.concatenate([b.y for b in batches]))
+
+
+def _label_counts(task: Task, batch: Batch) -> dict[str, int]:
+    names = task.label_names
+    if not names or batch.y.ndim != 1:
+        return {}
+    return dict(zip(names, np.bincount(batch.y, minlength=len(names)).tolist(), strict=True))
