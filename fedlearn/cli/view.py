@@ -32,6 +32,7 @@ class RunView:
 
     def __init__(self, *, rows: bool = True, bar: bool | None = None) -> None:
         self._rows = rows
+        self._terminal = sys.stdout.isatty()
         self._bar = sys.stderr.isatty() if bar is None else bar
         self._progress: Progress | None = None
         self._task: Any = None
@@ -123,14 +124,14 @@ class RunView:
             }
         )
         rounds = self.started.rounds if self.started is not None else done.round
-        every = -(-rounds // MOST_ROWS) if sys.stdout.isatty() else 1
+        every = -(-rounds // MOST_ROWS) if self._terminal else 1
         if done.round % every == 0 or done.round in {1, rounds}:
             self._line(_row(done.round, done.clients, f"{done.seconds:.2f}", done.train_loss, value))
 
     def _line(self, text: str) -> None:
         if not self._rows:
             return
-        if self._progress is not None and sys.stdout.isatty():
+        if self._progress is not None and self._terminal:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
@@ -162,4 +163,7 @@ def _make_progress() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        # Rows for a pipe must not end up on the terminal where the bar is.
+        redirect_stdout=False,
+        redirect_stderr=False,
     )

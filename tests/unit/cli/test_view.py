@@ -1,0 +1,107 @@
+"""The live view, fed with events by hand."""
+
+import io
+import sys
+
+import pytest
+
+from fedlearn import events
+from fedlearn.cli.view import MOST_ROWS, RunView
+
+
+def start(rounds=3, done=0):
+    return events.RunStarted("run-1", "heart", rounds, done, ("a", "b"), 401, "auc")
+
+
+def finished(number):
+    return events.RoundFinished("run-1", number, 1, 2, 0, 0.5, 0.25, 1.0)
+
+
+def scored(number, auc):
+    return events.Evaluated("run-1", number, {"auc": auc}, {"a": {"auc": auc}, "b": {"auc": auc}})
+
+
+def shown(capsys, *feed, **options):
+    with RunView(bar=False, **options) as view:
+        for event in feed:
+            view.take(event)
+    return view, capsys.readouterr().out.splitlines()
+
+
+def test_a_row_waits_for_its_score_and_is_shown_without_one(capsys):
+    feed = [start(), finished(1), scored(1, 0.75), finished(2), events.RoundStarted("run-1", 3, 1, 2), finished(3)]
+    view, lines = shown(capsys, *feed, events.RunFinished("run-1", 3, 1.5, "00"))
+    assert [line.split() for line in lines[2:]] == [
+        ["1", "2", "0.50", "0.2500", "0.7500"],
+        ["2", "2", "0.50", "0.2500", "-"],
+        ["3", "2", "0.50", "0.2500", "-"],
+    ]
+    assert [row.get("auc") for row in view.round_rows] == [0.75, None, None]
+    assert isinstance(view.ended, events.RunFinished)
+
+
+def test_the_last_row_is_shown_when_the_view_is_left_early(capsys):
+    _, lines = shown(capsys, start(), finished(1))
+    assert lines[-1].split()[0] == "1"
+
+
+def test_what_went_wrong_is_said_where_it_happened(capsys):
+    feed = [
+        start(),
+        events.ClientDropped("run-1", 1, "b", "vanished"),
+        events.RoundVoid("run-1", 1, 1, "1 update, 2 needed"),
+        events.RoundStarted("run-1", 1, 2, 2),
+    ]
+    _, lines = shown(capsys, *feed)
+    assert lines[2:] == [
+        "  round 1: b is out: vanished",
+        "  round 1: void: 1 update, 2 needed",
+        "  round 1: attempt 2",
+    ]
+
+
+def test_a_resumed_run_keeps_its_header(capsys):
+    _, lines = shown(capsys, start(), finished(1), start(done=1), finished(2))
+    assert [line for line in lines if line.startswith("heart")] == lines[:1]
+    assert "  resumed after round 1" in lines
+
+
+def test_silent_without_rows(capsys):
+    view, lines = shown(capsys, start(), finished(1), scored(1, 0.5), rows=False)
+    assert lines == []
+    assert view.round_rows[0]["auc"] == 0.5
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("rounds", [30, 1000])
+def test_a_terminal_gets_some_rows_of_a_long_run_and_a_bar(monkeypatch, rounds):
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setenv("TERM", "xterm")
+    with RunView() as view:
+        view.take(start(rounds))
+        for number in range(1, rounds + 1):
+            view.take(finished(number))
+            view.take(scored(number, 0.5))
+    rows = [line.replace("\x1b[2K", "") for line in err.getvalue().splitlines() if "0.2500" in line]
+    assert len(rows) <= MOST_ROWS + 1
+    assert rows[-1].split()[0] == str(rounds)
+    assert out.getvalue() == ""
+    assert "auc 0.5000" in err.getvalue()
+
+
+def test_a_pipe_gets_every_row_though_the_bar_is_on_a_terminal(capsys, monkeypatch):
+    err = Terminal()
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setenv("TERM", "xterm")
+    with RunView() as view:
+        view.take(start(1000))
+        for number in range(1, 1001):
+            view.take(finished(number))
+    assert len([line for line in capsys.readouterr().out.splitlines() if "0.2500" in line]) == 1000
+    assert "0.2500" not in err.getvalue()
