@@ -5,7 +5,8 @@ half is `RoundMachine`: one exact sum per round over exactly the journaled survi
 """
 
 from fedlearn.release.charge import Charge, Charger, CostCharger, Weighing
-from fedlearn.release.coordinator import RoundMachine, checksum_of
+from fedlearn.release.checksum import checksum_of
+from fedlearn.release.coordinator import RoundMachine
 from fedlearn.release.journal import Changes, Journal, MemoryDisk, MemoryJournal
 from fedlearn.release.keys import TRAIN, UNMASK, AttemptId, ReleaseKey
 from fedlearn.release.records import (

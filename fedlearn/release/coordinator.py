@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
-import xxhash
-
 from fedlearn.errors import LimitExceededError, LocalProtocolError, RemoteProtocolError, StateError, UpdateError
+from fedlearn.release.checksum import checksum_of
 from fedlearn.release.journal import Changes, Journal, pack, unpack
 from fedlearn.release.keys import TRAIN, UNMASK, AttemptId, ReleaseKey, record_key
 from fedlearn.release.round import (
@@ -48,23 +47,6 @@ P = TypeVar("P")
 A = TypeVar("A", bound=Accumulator[Any])
 
 _LIVE = frozenset({RoundState.OPEN, RoundState.REFILL, RoundState.UNMASKING, RoundState.SUMMED})
-
-
-def checksum_of(*parts: Any) -> str:
-    """Tells a resend from other bytes; 128 bits, as hex.
-
-    Not for secrecy and not for evidence, so speed decides: a client that can make two payloads collide could as well
-    choose its first one.
-
-    Args:
-        parts: contiguous buffers, for example bytes or arrays, in a fixed order.
-    """
-    total = xxhash.xxh3_128()
-    for part in parts:
-        view = memoryview(part)
-        total.update(view.nbytes.to_bytes(8, "big"))
-        total.update(view)
-    return total.hexdigest()
 
 
 def _size_of(payload: Any) -> int:
