@@ -304,8 +304,9 @@ def _line_of(text: str, path: tuple[str, ...]) -> int | None:
             found = (*table, *(part.strip().strip("\"'") for part in key[1].split(".")))
         else:
             continue
-        if path[: len(found)] == found and (best is None or len(found) > best[0]):
-            best = (len(found), number)
+        shared = min(len(found), len(path))
+        if path[:shared] == found[:shared] and (best is None or shared > best[0]):
+            best = (shared, number)
     return best[1] if best else None
 
 
