@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flwr.app import Message, MessageType, RecordDict
 
+from fedlearn.clock import Clock, SystemClock
 from fedlearn.errors import FedlearnError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange, Failed, Fitted, Scored, Work
@@ -38,12 +39,18 @@ class GridBackend:
         grid: a Flower grid.
         encoder: makes the requests of this run.
         client_name: node id to the name in that client's certificate; None where the runtime knows no such name.
+        clock: deadlines come from it.
     """
 
     def __init__(
-        self, grid: Grid, encoder: messages.RequestEncoder, client_name: Callable[[int], str] | None = None
+        self,
+        grid: Grid,
+        encoder: messages.RequestEncoder,
+        client_name: Callable[[int], str] | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._grid, self._encoder, self._client_name = grid, encoder, client_name
+        self._clock = clock if clock is not None else SystemClock()
         self._node_of: dict[str, int] = {}
         self._refused: dict[int, str] = {}
         self._asked_s: dict[int, float] = {}
@@ -51,13 +58,13 @@ class GridBackend:
 
     def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:
         """Connected clients that take part in this study; asks newcomers who they are."""
-        deadline = time.monotonic() + timeout_s
+        deadline = self._clock.monotonic() + timeout_s
         while True:
             nodes = set(self._grid.get_node_ids())
             self._forget(nodes)
             self._describe(self._to_ask(nodes, patient=len(self._node_of) < at_least))
             here = sorted(self._node_of)
-            left_s = deadline - time.monotonic()
+            left_s = deadline - self._clock.monotonic()
             if len(here) >= at_least or left_s <= 0:
                 return here
             self._wait_for_nodes(len(nodes) + 1, min(left_s, REASK_S) if self._refused else left_s)
@@ -103,13 +110,13 @@ class GridBackend:
 
     def _send(self, outgoing: dict[int, Message], deadline_s: float) -> Iterator[tuple[int, RecordDict | str]]:
         """Each node once, with its reply's content or the reason why there is none."""
-        deadline = time.monotonic() + deadline_s
+        deadline = self._clock.monotonic() + deadline_s
         nodes = list(outgoing)
         ids = list(self._grid.push_messages(outgoing.values()))
         outgoing.clear()
         waiting = dict(zip(ids, nodes, strict=True))
         try:
-            while waiting and (left_s := deadline - time.monotonic()) > 0:
+            while waiting and (left_s := deadline - self._clock.monotonic()) > 0:
                 for reply in self._wait(list(waiting), left_s):
                     node = waiting.pop(reply.metadata.reply_to_message_id, None)
                     if node is not None:
@@ -128,7 +135,7 @@ class GridBackend:
 
     def _to_ask(self, nodes: set[int], *, patient: bool) -> Sequence[int]:
         """Newcomers, and now and then those that refused; one that did not answer at all only while others are missing."""
-        due_s = time.monotonic() - REASK_S
+        due_s = self._clock.monotonic() - REASK_S
         asked = self._asked_s
         unknown = nodes - set(self._node_of.values())
         return sorted(
@@ -139,15 +146,15 @@ class GridBackend:
         if not nodes:
             return
         outgoing = {n: Message(self._encoder.describe(), n, MessageType.QUERY, ttl=DESCRIBE_S) for n in nodes}
-        started_s = time.monotonic()
+        started_s = self._clock.monotonic()
         answers = dict(self._send(outgoing, DESCRIBE_S))
         for node in nodes:  # not in order of arrival: of two that claim one name the smaller id has it
-            self._asked_s[node] = time.monotonic()
+            self._asked_s[node] = self._clock.monotonic()
             self._silent.discard(node)
             reply = answers[node]
             if isinstance(reply, str):
                 self._refused[node] = reply
-                if time.monotonic() - started_s >= DESCRIBE_S:
+                if self._clock.monotonic() - started_s >= DESCRIBE_S:
                     self._silent.add(node)
                 continue
             try:

@@ -1,0 +1,157 @@
+"""Who is asked, when, and again: `GridBackend` on a grid that says only what the test lets it say."""
+
+from __future__ import annotations
+
+import pytest
+from flwr.app import Error, Message, RecordDict
+
+from fedlearn.clock import MockClock
+from fedlearn.learning import messages
+from fedlearn.learning.backend import Failed, Work
+from fedlearn.learning.messages import RequestEncoder
+from fedlearn.link import flower
+from server import rounds
+from server.rounds import GridBackend
+
+WORK = Work(1, 1, ("ada", "bob"), {}, {}, "digest", {}, 0.05)
+
+
+class Grid:
+    """Answers `describe` with a name, a refusal or silence; anything else with silence."""
+
+    def __init__(self, names: dict[int, str | Exception | None]) -> None:
+        flower.ensure_identity(1)
+        self.names, self.described, self.dropped, self._ready = names, [], [], {}
+        self.clock = MockClock()
+
+    def get_node_ids(self):
+        return list(self.names)
+
+    def push_messages(self, outgoing):
+        ids = []
+        for message in outgoing:
+            flower.stamp(message, message_id=flower.new_message_id())
+            ids.append(message.metadata.message_id)
+            self._answer(message)
+        return ids
+
+    def _answer(self, message: Message) -> None:
+        if message.metadata.message_type != "query":
+            return
+        self.described.append(message.metadata.dst_node_id)
+        name = self.names[message.metadata.dst_node_id]
+        if name is None:
+            return
+        content = Error(1, str(name)) if isinstance(name, Exception) else messages.encode_description(name, {})
+        self._ready[message.metadata.message_id] = Message(content, reply_to=message)
+
+    def wait_messages(self, ids, timeout_s):
+        here = [self._ready.pop(i) for i in ids if i in self._ready]
+        if not here:
+            self.clock.advance(timeout_s)
+        return here
+
+    def wait_nodes(self, count, timeout_s):
+        self.clock.advance(timeout_s)
+
+    def drop(self, ids):
+        self.dropped += ids
+
+
+def backend(grid, **more) -> GridBackend:
+    return GridBackend(grid, RequestEncoder("run", "{}", "app"), clock=grid.clock, **more)
+
+
+def test_newcomers_are_asked_once():
+    grid = Grid({5: "bob", 3: "ada"})
+    one = backend(grid)
+    assert one.clients() == ["ada", "bob"]
+    assert one.clients() == ["ada", "bob"]
+    assert sorted(grid.described) == [3, 5]
+
+
+def test_a_node_that_refuses_is_asked_again_after_a_while_only():
+    grid = Grid({3: "ada", 5: ValueError("no data here")})
+    one = backend(grid)
+    assert one.clients() == ["ada"]
+    assert one.refusals == ("no data here",)
+    assert one.clients() == ["ada"]
+    assert grid.described.count(5) == 1
+    grid.names[5] = "bob"
+    grid.clock.advance(rounds.REASK_S)
+    assert one.clients() == ["ada", "bob"]
+    assert one.refusals == ()
+
+
+def test_a_node_that_says_nothing_costs_one_deadline_and_no_more():
+    grid = Grid({3: "ada", 5: None})
+    one = backend(grid)
+    before = grid.clock.monotonic()
+    assert one.clients() == ["ada"]
+    assert grid.clock.monotonic() - before == rounds.DESCRIBE_S
+    for _ in range(3):
+        grid.clock.advance(10 * rounds.REASK_S)
+        before = grid.clock.monotonic()
+        assert one.clients(at_least=1) == ["ada"]
+        assert grid.clock.monotonic() == before, "a silent node is not waited for while there are enough others"
+    assert one.clients(at_least=2, timeout_s=1.0) == ["ada"]
+    assert grid.described.count(5) == 2
+    assert len(grid.dropped) == 2, "the grid may forget what nobody waits for"
+
+
+def test_waiting_ends_when_there_are_enough_or_the_time_is_over():
+    grid = Grid({3: "ada"})
+    one = backend(grid)
+    before = grid.clock.monotonic()
+    assert one.clients(at_least=2, timeout_s=90.0) == ["ada"]
+    assert grid.clock.monotonic() - before == pytest.approx(90.0)
+
+
+def test_a_node_that_left_frees_its_name():
+    grid = Grid({3: "ada", 5: "bob"})
+    one = backend(grid)
+    one.clients()
+    del grid.names[3]
+    assert one.clients() == ["bob"]
+    grid.names[9] = "ada"
+    assert one.clients() == ["ada", "bob"]
+    assert sorted(grid.described) == [3, 5, 9]
+
+
+def test_a_second_node_of_one_name_is_refused_until_the_first_is_gone():
+    grid = Grid({3: "ada", 4: "ada"})
+    one = backend(grid)
+    assert one.clients() == ["ada"]
+    assert "so does another client" in one.refusals[0]
+    del grid.names[3]
+    grid.clock.advance(rounds.REASK_S)
+    assert one.clients() == ["ada"]
+    assert one.refusals == ()
+
+
+@pytest.mark.parametrize("answer", [RecordDict(), messages.encode_description("x" * 300, {})])
+def test_an_answer_that_is_not_ours_refuses_its_node(answer, monkeypatch):
+    grid = Grid({3: "ada"})
+    monkeypatch.setattr(messages, "encode_description", lambda *_: answer)
+    one = backend(grid)
+    assert one.clients() == []
+    assert len(one.refusals) == 1
+
+
+def test_each_client_of_a_cohort_gets_exactly_one_answer():
+    grid = Grid({3: "ada"})
+    one = backend(grid)
+    one.clients()
+    replies = list(one.fit(WORK))
+    assert replies == [Failed("bob", "not connected"), Failed("ada", "no reply within 0.05 s")]
+    assert len(grid.dropped) == 1
+
+
+def test_a_loop_that_stops_listening_lets_the_grid_forget():
+    grid = Grid({3: "ada", 5: "bob"})
+    one = backend(grid)
+    one.clients()
+    replies = one.fit(WORK)
+    next(replies)
+    replies.close()
+    assert len(grid.dropped) <= 2
