@@ -92,7 +92,7 @@ def list_tasks(json: Json = False, debug: Debug = False) -> None:
     if json:
         print_json([_plain(entry) for entry in found])
         return
-    rows = [(e.name, e.card.title, _nature(e.card), e.card.licence, e.availability.value) for e in found]
+    rows = [(e.name, e.card.title, nature(e.card), e.card.licence, e.availability.value) for e in found]
     print_table(rows, ("task", "learns", "data", "licence", "is"))
     print("\nfedlearn data show TASK: its clients, its schema, and how to get the data")
 
@@ -169,7 +169,7 @@ def _print_entry(entry: TaskEntry) -> None:
     print(f"{entry.name}: {card.title}\n")
     for name, text in (
         ("data", card.data),
-        ("kind", "synthetic: no real person or thing was measured" if card.synthetic else _nature(card)),
+        ("kind", "synthetic: no real person or thing was measured" if card.synthetic else nature(card)),
         ("licence", card.licence),
         ("clients", card.clients),
         ("metric", f"{card.metric} (higher is better)"),
@@ -198,7 +198,8 @@ def _print_summary(summary: DataSummary) -> None:
         print(f"  ... and {len(summary.clients) - len(shown)} more; --json lists all")
 
 
-def _nature(card: TaskCard) -> str:
+def nature(card: TaskCard) -> str:
+    """Where a task's data comes from, in a word or two."""
     return "your own" if card.own_data else "synthetic" if card.synthetic else "real"
 
 

@@ -53,6 +53,10 @@ def export(
     folder: ModelFolder,
     kind: Annotated[Format, typer.Option("--format", help="What to write.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.")],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="Rows to check with, where no data ships with the task."),
+    ] = None,
     app: AppFolder = None,
     json: Json = False,
     debug: Debug = False,
@@ -65,7 +69,7 @@ def export(
     from fedlearn.report.export import export_model
     from fedlearn.report.scoring import open_model
 
-    found = export_model(open_model(folder, app), kind.value, out)
+    found = export_model(open_model(folder, app), kind.value, out, data)
     if json:
         print_json({"file": str(out), "format": kind.value, **found})
     else:

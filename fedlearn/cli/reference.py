@@ -23,12 +23,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fedlearn import study
-from fedlearn.cli.catalogue import exit_code_table
+from fedlearn.cli.catalogue import exit_code_table, nature
 
 if TYPE_CHECKING:
     import click
 
-    from fedlearn.learning.task import TaskCard
 
 BEGIN, END = "<!-- generated: {} -->", "<!-- end of the generated part -->"
 WIDTH: Final = 80
@@ -102,8 +101,7 @@ def task_table() -> str:
     from fedlearn.data.catalogue import list_data
 
     rows = [
-        f"| `{e.name}` | {e.card.title} | {_nature(e.card)} | {e.card.licence} | {e.card.clients} |"
-        for e in list_data()
+        f"| `{e.name}` | {e.card.title} | {nature(e.card)} | {e.card.licence} | {e.card.clients} |" for e in list_data()
     ]
     return "\n".join(["| task | learns | data | licence | clients |", "|---|---|---|---|---|", *rows])
 
@@ -148,10 +146,6 @@ def pages() -> dict[Path, str]:
     docs = ROOT / "docs"
     made = {(docs / name).resolve(): with_parts(name, (docs / name).read_text(encoding="utf-8")) for name in PARTS}
     return {docs / "cli.md": command_reference(), **made}
-
-
-def _nature(card: TaskCard) -> str:
-    return "your own" if card.own_data else "synthetic" if card.synthetic else "real"
 
 
 def _keys(table: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:

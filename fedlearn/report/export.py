@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from fedlearn import arrays
-from fedlearn.errors import StateError, UnsupportedError
+from fedlearn.errors import DataError, StateError, UnsupportedError
+from fedlearn.report.scoring import load_rows
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ INPUT, OUTPUT = "features", "output"
 _ROWS: Final = 3
 
 
-def export_model(model: TrainedModel, kind: str, out: Path) -> dict[str, Any]:
+def export_model(model: TrainedModel, kind: str, out: Path, data: Path | None = None) -> dict[str, Any]:
     """Write a model file.
 
     Args:
@@ -36,6 +37,7 @@ def export_model(model: TrainedModel, kind: str, out: Path) -> dict[str, Any]:
         kind: one of `FORMATS`. safetensors holds the weights by name; the others hold the network too, with one input,
             prepared features of shape (rows, ...), and one output.
         out: the file; replaced when it exists.
+        data: a file of the task, whose first rows the check takes; None for the data that ships with the task.
 
     Returns:
         `parameters`, `features` (shape of one row) and `largest_difference` from the model's own outputs.
@@ -43,12 +45,13 @@ def export_model(model: TrainedModel, kind: str, out: Path) -> dict[str, Any]:
     Raises:
         UnsupportedError: the format needs a package that is not installed, or its outputs differ.
         StateError: the file cannot be written.
+        DataError: there is no data to check with.
     """
     import torch
 
     if kind not in FORMATS:
         raise UnsupportedError(f"format {kind!r}: expected one of {', '.join(FORMATS)}")
-    features = torch.from_numpy(_sample(model))
+    features = torch.from_numpy(_sample(model, data))
     with torch.no_grad():
         expected = model.module(features).numpy()
     with tempfile.TemporaryDirectory() as folder:
@@ -76,10 +79,16 @@ def export_model(model: TrainedModel, kind: str, out: Path) -> dict[str, Any]:
     }
 
 
-def _sample(model: TrainedModel) -> Any:
-    """A few prepared rows of the task's own data, or of noise in their shape where there is none at hand."""
+def _sample(model: TrainedModel, data: Path | None) -> Any:
+    """A few prepared rows."""
     task = model.task
-    examples = task.load(None)
+    try:
+        examples = load_rows(task, data)[0] if data is not None else task.load(None)
+    except DataError as error:
+        hint = (
+            error.hint if data is not None else "name a file of the task with --data: the export is checked on its rows"
+        )
+        raise DataError(error.message, hint=hint) from None
     rows = examples.take(np.arange(min(len(examples), _ROWS), dtype=np.int64))
     x = task.prepare(rows, rows).test.x
     return x.astype(np.float64) if model.study.train.precision == "float64" and x.dtype == np.float32 else x

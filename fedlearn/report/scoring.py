@@ -94,8 +94,8 @@ def score_file(model: TrainedModel, path: Path, reference: Path | None = None) -
             f"task {task.name!r} reads rows in their context, not one by one",
             hint="its metrics come from evaluation rounds; score such data with the task's own code",
         )
-    examples, labelled = _load(task, path)
-    known = examples if reference is None else _load(task, reference)[0]
+    examples, labelled = load_rows(task, path)
+    known = examples if reference is None else load_rows(task, reference)[0]
     outputs: Any = None
     for rows, batch in _prepared(task, examples, known):
         part, _ = local.predict(task, model.module, study.train, batch, model.weights, study.evaluate.batch_size)
@@ -152,8 +152,12 @@ def _prepared(task: Task, examples: Examples, known: Examples) -> Iterator[tuple
         yield rows, task.prepare(own if len(own) else mine, mine).test
 
 
-def _load(task: Task, path: Path) -> tuple[Examples, bool]:
-    """Examples, and whether the file holds labels."""
+def load_rows(task: Task, path: Path) -> tuple[Examples, bool]:
+    """A file's examples, and whether it holds labels.
+
+    Raises:
+        DataError: it is missing or does not fit the schema.
+    """
     with _labelled(path, task.label_stand_in) as (readable, labelled):
         try:
             return task.load(readable), labelled

@@ -141,3 +141,50 @@ def test_each_hospital_gets_its_own_rows_and_no_names(hospitals):
     counts = {name: len(path.read_text().splitlines()) - 1 for name, path in hospitals.items()}
     assert counts == {"cleveland": 303, "hungary": 294, "switzerland": 123, "va-long-beach": 200}
     assert all("dataset" not in path.read_text() for path in hospitals.values())
+
+
+def test_a_table_of_ones_own_is_trained_scored_and_exported(capsys, tmp_path):
+    table = tmp_path / "table.csv"
+    rows = [(i % 7, i % 3, "yes" if i % 7 > 3 else "no") for i in range(60)]
+    table.write_text("a,b,ill\n" + "".join(f"{a},{b},{y}\n" for a, b, y in rows))
+    study = tmp_path / "mine.toml"
+    study.write_text(
+        'name = "mine"\nrounds = 2\n[task]\nname = "tabular/csv"\n[task.options]\nlabel = "ill"\n'
+        'features = ["a", "b"]\nclasses = ["no", "yes"]\n[data]\npartition = "iid"\nclients = 3\n'
+    )
+    folder = tmp_path / "run"
+    assert main(["simulate", str(study), "--data", str(table), "--out", str(folder)]) == 0
+    new = without(table, "ill", tmp_path / "new.csv")
+    assert main(["model", "predict", str(folder), "--data", str(new), "--out", str(tmp_path / "s.csv")]) == 0
+    assert set(scores(tmp_path / "s.csv")[0]) == {"row", "predicted", "probability_no", "probability_yes"}
+    argv = ["model", "export", str(folder), "--format", "torchscript", "--out", str(tmp_path / "m.pt")]
+    capsys.readouterr()
+    assert main(argv) == 4
+    assert "--data" in capsys.readouterr().err
+    assert main([*argv, "--data", str(new)]) == 0
+    assert (tmp_path / "m.pt").is_file()
+
+
+def test_images_are_scored_by_class(capsys, tmp_path):
+    folder = tmp_path / "run"
+    small = ["--set", "train.max_steps=1", "--set", "data.clients=2", "--set", "evaluate.every=0"]
+    assert main(["simulate", "simulations/digits.toml", "--rounds", "1", *small, "--out", str(folder)]) == 0
+    images = tmp_path / "some.npz"
+    generator = np.random.default_rng(1)
+    x, y = generator.integers(0, 255, (5, 8, 8), dtype=np.uint8), np.arange(5)
+    parts = {
+        f"{part}_{kind}": a for part in ("train", "val", "test") for kind, a in (("images", x), ("labels", y[:, None]))
+    }
+    np.savez(images, **parts)
+    capsys.readouterr()
+    assert main(["model", "predict", str(folder), "--data", str(images), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert sum(v for k, v in report["scores"][0].items() if k.startswith("probability")) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_task_that_reads_rows_in_context_says_so(capsys, tmp_path):
+    folder = tmp_path / "run"
+    small = ["--set", "train.max_steps=1", "--set", "evaluate.every=0"]
+    assert main(["simulate", "simulations/fraud.toml", "--rounds", "1", *small, "--out", str(folder)]) == 0
+    assert main(["model", "predict", str(folder), "--data", "x.csv"]) == 14
+    assert "in their context" in capsys.readouterr().err
