@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +44,20 @@ def simulate(
     Seeded, hence reproducible: the same study gives the same model, byte for byte, as `fedlearn run` and `flwr run`.
     """
     del debug
-    folder = _new_folder(out, Path(study).stem)
+    with _run_folder(out, Path(study).stem) as folder:
+        return _simulate(study, rounds, overrides, app, data, device, folder, json)
+
+
+def _simulate(
+    study: str,
+    rounds: int | None,
+    overrides: list[str] | None,
+    app: Path | None,
+    data: Path | None,
+    device: str,
+    folder: Path,
+    json: bool,
+) -> int:
     # Before torch is loaded: its thread pool is sized once, and identical bytes are promised for equal thread counts.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from fedlearn.simulation.run import simulate as run
@@ -84,12 +99,22 @@ def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
 
 
-def _new_folder(out: Path | None, name: str) -> Path:
-    if out is None:
-        return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if out.exists() and not out.is_dir():
-        raise StateError(f"--out {out}: is a file, expected a folder")
-    return out
+@contextmanager
+def _run_folder(out: Path | None, name: str) -> Iterator[Path]:
+    """Made before the first round, so that a place that cannot be written costs no training; gone again if it stays empty."""
+    folder = out if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "is a file, expected a folder" if folder.is_file() else f"cannot be made: {error.strerror}"
+        raise StateError(f"--out {folder}: {reason}", hint="choose another folder with --out") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StateError(f"--out {folder}: may not be written", hint="choose another folder with --out")
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # it is not empty: everything is there
+            folder.rmdir()
 
 
 def _report(result: SimulationResult, folder: Path, clients: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
