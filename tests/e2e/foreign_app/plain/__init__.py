@@ -1,0 +1,1 @@
+"""A line through everybody's points."""
