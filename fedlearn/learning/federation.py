@@ -10,17 +10,20 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedlearn import arrays as named
 from fedlearn import events
 from fedlearn.clock import Clock, SystemClock
-from fedlearn.errors import RunFailedError, StateError, UnsupportedError, UpdateError
+from fedlearn.errors import RunFailedError, StateError, UpdateError
+from fedlearn.learning.averages import l2_norm, mean_metrics, weighted_mean
 from fedlearn.learning.backend import Backend, Failed, Fitted, Scored, Work
+from fedlearn.learning.checkpoint import PARTS, broadcast_digest, state_from_bytes, state_to_bytes
 from fedlearn.learning.cohort import pick_cohort
 from fedlearn.learning.collect import Collector, collector_for, update_checksum
+from fedlearn.learning.combine import check_combination
 from fedlearn.learning.postprocess import apply_on_server, chain_of
 from fedlearn.learning.strategy import ServerState, Strategy
 from fedlearn.learning.update import DELTA, Aggregate, Update
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.release.journal import Journal
     from fedlearn.study import Study
-
-_PARTS: Final = ("model", "shared", "memory")
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,10 @@ class Federation:
             clients=aggregate.clients,
             dropped=dropped,
             seconds=self._clock.monotonic() - started_s,
-            train_loss=_weighted_mean(losses),
-            update_norm=_norm(aggregate.means[DELTA]),
+            train_loss=weighted_mean(losses),
+            update_norm=l2_norm(aggregate.means[DELTA]),
         )
-        self._machine.commit(_row(finished), {self._place("checkpoint"): _state_bytes(self._state)})
+        self._machine.commit(_row(finished), {self._place("checkpoint"): state_to_bytes(self._state)})
         self._emit(finished)
         self._evaluate_if_due()
 
@@ -228,7 +229,7 @@ class Federation:
         with np.errstate(over="ignore", invalid="ignore"):  # looked for in the result
             state = replace(self._strategy.server_step(self._state, aggregate), round=at.round)
         try:
-            for part in _PARTS:
+            for part in PARTS:
                 named.check_finite(getattr(state, part), what=f"round {at.round}: the server's {part}")
         except UpdateError as error:
             self._machine.fail(error.message)
@@ -317,69 +318,10 @@ class Federation:
 
     def _load_state(self) -> ServerState:
         data = self._journal.get(self._place("checkpoint"))
-        return self._strategy.server_init(self._initial) if data is None else _state_from_bytes(data, self._initial)
+        return self._strategy.server_init(self._initial) if data is None else state_from_bytes(data, self._initial)
 
     def _place(self, *parts: str | int) -> str:
         return record_key(parts[0], self._run, *parts[1:])
-
-
-def check_combination(study: Study, strategy: Strategy) -> None:
-    """Refuse what cannot be combined, when the study is read.
-
-    Raises:
-        UnsupportedError: says what excludes what, and why.
-    """
-    if strategy.stateful and study.train.precision == "bfloat16":
-        raise UnsupportedError(
-            f"strategy {strategy.name!r} with train.precision = 'bfloat16': its client state is made from weight "
-            "differences that bfloat16 rounds away",
-            hint="use float32",
-        )
-    if study.cohort.size is not None and study.cohort.size < strategy.min_clients:
-        raise UnsupportedError(
-            f"strategy {strategy.name!r} needs at least {strategy.min_clients} clients a round, cohort.size is "
-            f"{study.cohort.size}",
-            hint="raise cohort.size, or choose options of the strategy that tolerate fewer faults",
-        )
-    if strategy.plain_sgd and (study.train.optimizer != "sgd" or study.train.momentum):
-        raise UnsupportedError(
-            f"strategy {strategy.name!r} with train.optimizer = {study.train.optimizer!r} and momentum = "
-            f"{study.train.momentum:g}: its client rule holds for plain SGD only ({strategy.paper})",
-            hint='set train.optimizer = "sgd" and train.momentum = 0',
-        )
-
-
-def broadcast_digest(state: ServerState) -> str:
-    """SHA-256 of everything that a round's clients are sent, as hex."""
-    return named.digest({f"{part}/{name}": a for part in _PARTS[:2] for name, a in getattr(state, part).items()})
-
-
-def mean_metrics(scored: list[Scored]) -> dict[str, float]:
-    """Means over clients, weighted by test examples; a client whose metric is undefined is left out of that metric."""
-    names = sorted({name for s in scored for name in s.metrics})
-    means = {}
-    for name in names:
-        pairs = {s.client: (s.metrics[name], s.examples) for s in scored if name in s.metrics}
-        means[name] = _weighted_mean(pairs)
-    return means
-
-
-def _weighted_mean(pairs: Mapping[str, tuple[float, int]]) -> float:
-    """Mean of (value, weight) over clients, in the order of their names, without values that are not finite.
-
-    The values are somebody's claim: whatever they are, this returns.
-    """
-    kept = [pairs[client] for client in sorted(pairs) if math.isfinite(pairs[client][0])]
-    weight = sum(w for _, w in kept)
-    try:
-        mean = math.fsum(v * w for v, w in kept) / weight if weight else math.nan
-    except (OverflowError, ValueError):  # beyond float's range
-        return math.nan
-    return mean if math.isfinite(mean) else math.nan
-
-
-def _norm(arrays: Arrays) -> float:
-    return math.sqrt(math.fsum(float(np.square(a, dtype=np.float64).sum()) for a in arrays.values()))
 
 
 def _past_the_last(rounds: int) -> Begin:
@@ -393,22 +335,3 @@ def _row(event: events.RoundFinished | events.Evaluated) -> bytes:
     if isinstance(event, events.Evaluated):
         row = {"metrics": row["mean"], "clients_metrics": row["clients"]}
     return json.dumps(row, sort_keys=True).encode()
-
-
-def _state_bytes(state: ServerState) -> bytes:
-    flat = {f"{part}/{name}": array for part in _PARTS for name, array in getattr(state, part).items()}
-    return named.to_bytes({**flat, "round": np.array(state.round, dtype=np.int64)})
-
-
-def _state_from_bytes(data: bytes, initial: Arrays) -> ServerState:
-    flat = named.from_bytes(data)
-    parts = {
-        part: {name.removeprefix(f"{part}/"): a for name, a in flat.items() if name.startswith(f"{part}/")}
-        for part in _PARTS
-    }
-    try:
-        named.check_same(parts["model"], named.specs_of(initial), what="checkpoint")
-    except UpdateError as error:
-        raise StateError(error.message, hint="another version of the task made it") from None
-    model = {name: parts["model"][name] for name in initial}
-    return ServerState(model, parts["shared"], parts["memory"], int(flat["round"]))

@@ -15,8 +15,11 @@ from fedlearn.arrays import digest
 from fedlearn.clock import MockClock
 from fedlearn.data.population import build_population
 from fedlearn.errors import RunFailedError, StateError, UnsupportedError
+from fedlearn.learning.averages import mean_metrics
 from fedlearn.learning.backend import Failed, Fitted, Scored, Work
-from fedlearn.learning.federation import Federation, Outcome, broadcast_digest, check_combination, mean_metrics
+from fedlearn.learning.checkpoint import broadcast_digest
+from fedlearn.learning.combine import check_combination
+from fedlearn.learning.federation import Federation, Outcome
 from fedlearn.learning.local import initial_weights
 from fedlearn.learning.update import DELTA
 from fedlearn.release.journal import DictJournal

@@ -1,0 +1,37 @@
+"""What a study combines, checked when it is read and not when a round fails."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedlearn.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from fedlearn.learning.strategy import Strategy
+    from fedlearn.study import Study
+
+
+def check_combination(study: Study, strategy: Strategy) -> None:
+    """Refuse what cannot be combined, when the study is read.
+
+    Raises:
+        UnsupportedError: says what excludes what, and why.
+    """
+    if strategy.stateful and study.train.precision == "bfloat16":
+        raise UnsupportedError(
+            f"strategy {strategy.name!r} with train.precision = 'bfloat16': its client state is made from weight "
+            "differences that bfloat16 rounds away",
+            hint="use float32",
+        )
+    if study.cohort.size is not None and study.cohort.size < strategy.min_clients:
+        raise UnsupportedError(
+            f"strategy {strategy.name!r} needs at least {strategy.min_clients} clients a round, cohort.size is "
+            f"{study.cohort.size}",
+            hint="raise cohort.size, or choose options of the strategy that tolerate fewer faults",
+        )
+    if strategy.plain_sgd and (study.train.optimizer != "sgd" or study.train.momentum):
+        raise UnsupportedError(
+            f"strategy {strategy.name!r} with train.optimizer = {study.train.optimizer!r} and momentum = "
+            f"{study.train.momentum:g}: its client rule holds for plain SGD only ({strategy.paper})",
+            hint='set train.optimizer = "sgd" and train.momentum = 0',
+        )
