@@ -70,9 +70,15 @@ def initial_weights(task: Task, study: Study) -> dict[str, Array]:
 
 
 def set_weights(model: torch.nn.Module, weights: Arrays) -> None:
-    """Copy named arrays into the model's parameters."""
+    """Copy named arrays into the model's parameters.
+
+    Raises:
+        UpdateError: other names or shapes than the model's.
+    """
+    parameters = trainable(model)
+    _check_fit(parameters, weights)
     with torch.no_grad():
-        for name, parameter in trainable(model).items():
+        for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(np.array(weights[name])))  # a copy: torch wants it writable
 
 
@@ -139,7 +145,12 @@ class LocalTrainer:
         self.steps = 0
 
     def init(self, weights: Tensors, direction: Direction | None) -> None:
-        """Load the weights that this pass starts from, and a fresh optimiser."""
+        """Load the weights that this pass starts from, and a fresh optimiser.
+
+        Raises:
+            UpdateError: other names or shapes than the model's.
+        """
+        _check_fit(self._parameters, weights)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(weights[name])
@@ -249,6 +260,19 @@ def client_weights(strategy: Strategy, global_model: Arrays, shared: Arrays, sta
     cpu = torch.device("cpu")
     start = ClientStart(_tensors(global_model, cpu), _tensors(shared, cpu), _tensors(state, cpu))
     return _arrays(strategy.client_model(start))
+
+
+def _check_fit(parameters: Mapping[str, torch.nn.Parameter], weights: Mapping[str, Any]) -> None:
+    """Refuse what torch would broadcast, or name in words that say nothing of the cause."""
+    have = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    got = {name: tuple(array.shape) for name, array in weights.items()}
+    if got != have:
+        other = sorted(name for name in {**have, **got} if have.get(name) != got.get(name))[:3]
+        raise UpdateError(
+            f"model: got {', '.join(f'{n} {got.get(n)}' for n in other)}, "
+            f"expected {', '.join(f'{n} {have.get(n)}' for n in other)}",
+            hint="the server runs another model; check that both sides name the same task, options and version",
+        )
 
 
 def _make_optimizer(train: TrainTable, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

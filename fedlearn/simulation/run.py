@@ -61,6 +61,8 @@ class SimulationResult:
         from fedlearn.learning.task import build_model
 
         model = build_model(self.task, self.study.seed)
+        if self.study.train.precision == "float64":
+            model = model.double()
         set_weights(model, self.weights)
         return model.eval()
 

@@ -254,6 +254,23 @@ def test_nothing_to_evaluate_gives_no_metrics():
     assert local.evaluate(task, build_model(task, 1), study.train, nothing, weights) == {}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": np.zeros(1, np.float32)}, r"got bias \(1,\), expected bias \(2,\)"),
+        ({"weight": np.zeros((3, 2), np.float32)}, r"got weight \(3, 2\), expected weight \(2, 3\)"),
+        ({"more": np.zeros(1, np.float32)}, r"got more \(1,\), expected more None"),
+    ],
+)
+def test_another_model_is_refused_and_not_broadcast(change, message):
+    start = {**local.initial_weights(TinyTask(), tiny_study()), **change}
+    with pytest.raises(UpdateError, match=message):
+        fit(TABLES["sgd"], start=start)
+    model = build_model(TinyTask(), 1)
+    with pytest.raises(UpdateError, match=message):
+        local.set_weights(model, start)
+
+
 # Models that cannot, or need not, be federated whole.
 
 

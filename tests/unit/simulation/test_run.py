@@ -35,6 +35,12 @@ def test_one_study_gives_one_model_whatever_else_draws_or_runs():
     assert digest(fedlearn.simulate(tiny_study("seed=9")).weights) != first
 
 
+def test_a_float64_study_gives_a_float64_model():
+    result = fedlearn.simulate(tiny_study("train.precision=float64", "rounds=1"))
+    np.testing.assert_array_equal(result.model.weight.detach().numpy(), result.weights["weight"])
+    assert result.weights["weight"].dtype == np.float64
+
+
 def test_learning_happens():
     history = fedlearn.simulate(tiny_study("rounds=10")).history
     assert history.column("train_loss")[-1] < history.column("train_loss")[0]
