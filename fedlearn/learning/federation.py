@@ -67,6 +67,7 @@ class Federation:
         emit: takes events.
         clock: durations come from it.
         should_stop: asked between rounds.
+        may_join: False where nobody else can come, as in a simulation: `cohort.wait_for` is then of no use.
     """
 
     def __init__(
@@ -82,11 +83,13 @@ class Federation:
         emit: events.Emit,
         clock: Clock | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        may_join: bool = True,
     ) -> None:
         check_combination(study, strategy)
         self._study, self._run, self._strategy, self._backend = study, run, strategy, backend
         self._journal, self._metric, self._emit, self._should_stop = journal, metric, emit, should_stop
         self._clock = clock if clock is not None else SystemClock()
+        self._may_join = may_join
         self._chain = chain_of(study)
         self._initial = initial
         self._state = self._load_state()
@@ -297,7 +300,7 @@ class Federation:
 
     def _wait_for_clients(self) -> tuple[str, ...]:
         table = self._study.cohort
-        first = self._machine.next_step == Begin(AttemptId(1, 1))
+        first = self._may_join and self._machine.next_step == Begin(AttemptId(1, 1))
         least = max(table.minimum, self._strategy.min_clients)
         needed = max(table.wait_for or table.size or 0, least) if first else least
         clients = tuple(self._backend.clients(needed, self._study.runtime.wait_s))

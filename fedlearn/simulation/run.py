@@ -147,6 +147,7 @@ def simulate_population(
             DictJournal(),
             metric=population.task.card.metric,
             emit=emit if emit is not None else _ignore,
+            may_join=False,
         )
         outcome = federation.run()
         backend.close()

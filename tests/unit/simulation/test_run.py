@@ -82,7 +82,12 @@ def test_what_cannot_run_says_why():
     with pytest.raises(UnsupportedError, match="not on this machine"):
         fedlearn.simulate(tiny_study(), device="cuda:99")
     with pytest.raises(RunFailedError, match="needs 9"):
-        fedlearn.simulate(tiny_study("cohort.wait_for=9"))
+        fedlearn.simulate(tiny_study("cohort.minimum=9"))
+
+
+def test_a_simulation_waits_for_nobody():
+    waiting = fedlearn.simulate(tiny_study("cohort.wait_for=9"))
+    assert digest(waiting.weights) == digest(fedlearn.simulate(tiny_study()).weights)
 
 
 def test_a_users_own_task_from_a_folder(tmp_path, monkeypatch):
