@@ -1,0 +1,151 @@
+"""What every backend promises the round loop. A new one is a subclass of `BackendContract` with a `backend` fixture."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedlearn.app import load_app
+from fedlearn.arrays import digest
+from fedlearn.data.population import build_population
+from fedlearn.learning import local
+from fedlearn.learning.backend import Backend, Failed, Fitted, Scored, Work
+from fedlearn.learning.messages import RequestEncoder
+from fedlearn.learning.task import build_model
+from fedlearn.learning.update import Update
+from fedlearn.simulation.sequential import SequentialBackend
+from fedlearn.study import Study
+from server.rounds import GridBackend
+from tests.support.memory_grid import MemoryGrid, nodes_of
+from tests.support.tiny_task import CLIENTS, TinyTask, tiny_study
+
+TASK = TinyTask()
+
+
+def strategy_of(study: Study):
+    return load_app().strategy(study.strategy.name, study.strategy.options)
+
+
+def work_of(study: Study, cohort=CLIENTS, round_: int = 1, attempt: int = 1, base=None, model=None) -> Work:
+    model = local.initial_weights(TASK, study) if model is None else model
+    shared = strategy_of(study).server_init(model).shared
+    return Work(round_, attempt, tuple(cohort), model, shared, digest(model), base or {}, 5.0)
+
+
+def bytes_of(update: Update):
+    return {name: digest(arrays) for name, arrays in update.private.items()}, update.examples, update.facts
+
+
+def fitted(backend: Backend, work: Work):
+    return {reply.client: bytes_of(reply.update) for reply in backend.fit(work) if isinstance(reply, Fitted)}
+
+
+class BackendContract:
+    """The tests."""
+
+    @abstractmethod
+    def make(self, study: Study) -> Backend:
+        """A backend with the tiny task's four clients."""
+
+    def backend(self, study: Study) -> Backend:
+        made = self.make(study)
+        assert list(made.clients(4, 1.0)) == list(CLIENTS)
+        return made
+
+    @pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "scaffold", "ditto"])
+    def test_updates_are_local_trainings(self, strategy):
+        """Bytes of `local.fit`, called here for each client by itself."""
+        study = tiny_study(f"strategy.name={strategy}")
+        work = work_of(study, round_=3)
+        population = build_population(study, TASK)
+        for client, got in fitted(self.backend(study), work).items():
+            result = local.fit(
+                TASK,
+                build_model(TASK, 0),
+                strategy_of(study),
+                study.train,
+                population.client(client),
+                place=local.Place(study.seed, 3, client),
+                global_model=work.model,
+                shared=work.shared,
+                state={},
+            )
+            assert got == bytes_of(result.update)
+
+    def test_each_client_of_a_cohort_gets_one_reply(self):
+        study = tiny_study()
+        backend = self.backend(study)
+        for cohort in (CLIENTS, CLIENTS[1:3], ("ada",), ()):
+            assert sorted(reply.client for reply in backend.fit(work_of(study, cohort))) == sorted(cohort)
+            assert sorted(reply.client for reply in backend.evaluate(work_of(study, cohort))) == sorted(cohort)
+
+    def test_somebody_who_is_not_there_fails_alone(self):
+        study = tiny_study()
+        backend = self.backend(study)
+        for exchange in (backend.fit, backend.evaluate):
+            replies = {reply.client: reply for reply in exchange(work_of(study, ("ada", "zoe")))}
+            assert isinstance(replies["zoe"], Failed)
+            assert replies["zoe"].reason
+            assert isinstance(replies["ada"], Fitted | Scored)
+
+    def test_who_else_takes_part_and_who_went_before_does_not_matter(self):
+        study = tiny_study("task.options.hidden=3", "task.options.dropout=0.5")
+        model = local.initial_weights(TinyTask(hidden=3), study)
+        backend = self.backend(study)
+        everybody = fitted(backend, work_of(study, model=model))
+        assert fitted(backend, work_of(study, ("cyd",), model=model)) == {"cyd": everybody["cyd"]}
+        assert fitted(self.backend(study), work_of(study, ("bob", "cyd"), model=model))["cyd"] == everybody["cyd"]
+
+    def test_a_retry_of_a_round_computes_the_same(self):
+        study = tiny_study("strategy.name=scaffold")
+        backend = self.backend(study)
+        first = fitted(backend, work_of(study))
+        assert fitted(backend, work_of(study)) == first
+        assert fitted(backend, work_of(study, attempt=2)) == first
+
+    @pytest.mark.parametrize("strategy", ["scaffold", "ditto"])
+    def test_state_continues_from_its_base(self, strategy):
+        study = tiny_study(f"strategy.name={strategy}", "strategy.options={}")
+        fresh, backend = self.backend(study), self.backend(study)
+        fitted(backend, work_of(study))
+        fitted(backend, work_of(study, attempt=2))
+        base = dict.fromkeys(CLIENTS, (1, 2))
+        second = work_of(study, round_=2, base=base)
+        continued = list(backend.evaluate(second)), fitted(backend, second)
+        assert len(continued[1]) == 4
+        from_nothing = list(fresh.evaluate(replace(second, base={}))), fitted(fresh, replace(second, base={}))
+        assert continued != from_nothing
+        assert fitted(backend, second) == continued[1], "asked again, the same"
+        assert fitted(fresh, second) == {}, "who does not have the base does not take part"
+
+    def test_clipping_is_done_before_an_update_is_handed_over(self):
+        study = tiny_study("update.clip_l2=0.01")
+        for reply in self.backend(study).fit(work_of(study)):
+            assert isinstance(reply, Fitted)
+            norm = np.sqrt(sum(np.square(a, dtype=float).sum() for a in reply.update.private["delta"].values()))
+            assert 0.0099 < norm <= 0.01
+
+    def test_evaluation_scores_the_test_rows(self):
+        study = tiny_study()
+        population = build_population(study, TASK)
+        work = work_of(study)
+        for reply in self.backend(study).evaluate(work):
+            assert isinstance(reply, Scored)
+            test = population.client(reply.client).test
+            assert reply.examples == len(test)
+            expected = local.evaluate(TASK, build_model(TASK, 0), study.train, test, work.model)
+            assert dict(reply.metrics) == expected
+
+
+class TestSequential(BackendContract):
+    def make(self, study):
+        task = TinyTask(**study.task.options)
+        return SequentialBackend(study, build_population(study, task), strategy_of(study))
+
+
+class TestGrid(BackendContract):
+    def make(self, study):
+        return GridBackend(MemoryGrid(nodes_of(CLIENTS), order=1), RequestEncoder("run", study.to_json(), "app"))
