@@ -17,7 +17,7 @@ def constant(model: Arrays, value: float) -> Doubles:
 
 def pack(**kept: Doubles) -> Doubles:
     """Several things under their names: `momentum:conv.weight` and so on."""
-    return {f"{what}:{name}": array for what, arrays in kept.items() for name, array in arrays.items()}
+    return {f"{what}:{name}": np.asarray(array) for what, arrays in kept.items() for name, array in arrays.items()}
 
 
 def unpack(memory: Arrays, what: str, model: Arrays) -> Doubles:

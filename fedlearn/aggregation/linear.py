@@ -106,7 +106,7 @@ class IntegerSum:
         if self.weight == 0:
             raise UpdateError("mean: the total weight is 0; expected at least one client with examples")
         scale = float(self.weight) * 2.0**self.quantum_bits
-        return {name: total / scale for name, total in self._sums.items()}
+        return {name: np.asarray(total / scale) for name, total in self._sums.items()}
 
 
 def _checked_weight(weight: object) -> int:

@@ -175,7 +175,7 @@ def per_client(value: float | torch.Tensor, like: torch.Tensor) -> float | torch
     """A number, or one number for each client, shaped so that it broadcasts against `like`, shape (clients, ...)."""
     if isinstance(value, int | float):
         return value
-    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+    return value.to(like.dtype).reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
 def apply_step(model: Arrays, step: Arrays) -> Arrays:
@@ -184,4 +184,5 @@ def apply_step(model: Arrays, step: Arrays) -> Arrays:
 
 
 def _cast(values: npt.NDArray[np.float64], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
-    return (np.rint(values) if dtype.kind in "iu" else values).astype(dtype)
+    # numpy makes a bare number of a sum of arrays without dimensions; a model holds arrays.
+    return np.asarray(np.rint(values) if dtype.kind in "iu" else values, dtype=dtype)
