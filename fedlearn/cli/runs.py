@@ -24,6 +24,7 @@ RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `fed
 RECONNECT_S: Final = 60.0
 """How long a live view tries to reach a coordinator that went away, before it gives up; the run itself goes on."""
 RETRY_S: Final = 0.5
+UNDER_WAY: Final = frozenset({"queued", "running"})
 
 
 def run(
@@ -157,6 +158,9 @@ def _follow(control: ControlClient, run_id: str, *, json: bool, out: Path | None
         return INTERRUPTED_EXIT_CODE
     if isinstance(view.ended, events.RunFailed):
         raise RunFailedError(f"run {run_id}: {view.ended.reason}", hint=f"fedlearn show {run_id} has its rounds")
+    if view.ended is None and (found := control.show(run_id)).summary.status == "failed":
+        reason = jsonlib.loads(found.detail_json or "{}").get("reason") or "no reason was recorded"
+        raise RunFailedError(f"run {run_id}: {reason}")
     folder = None
     if out is not None and isinstance(view.ended, events.RunFinished):
         from fedlearn.cli.fetch import fetch
@@ -186,20 +190,22 @@ def follow(control: ControlClient, run_id: str, view: RunView) -> None:
         LinkError: it stayed away for `RECONNECT_S`.
     """
     next_index, lost_at = 0, None
-    while True:
+    while view.ended is None:
         try:
             for index, line in control.watch(run_id, next_index):
                 next_index, lost_at = index + 1, None
                 view.take(events.from_json(line)[0])
+            # A coordinator that stops ends the stream too: the run itself has not ended then.
+            if view.ended is None and control.show(run_id).summary.status not in UNDER_WAY:
+                return
         except ProtocolError:
             raise
         except LinkError:
             lost_at = lost_at if lost_at is not None else time.monotonic()
             if time.monotonic() - lost_at > RECONNECT_S:
                 raise
+        if view.ended is None:
             time.sleep(RETRY_S)
-        else:
-            return
 
 
 def _outcome(run_id: str, view: RunView, folder: Path | None) -> dict[str, Any]:

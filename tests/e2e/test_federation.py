@@ -94,6 +94,33 @@ def test_the_federation_of_two_is_the_simulation_of_two(processes, tmp_path):
     assert arrays.digest(RunFolder(tmp_path / "heart-model").weights()) == arrays.digest(simulated.weights)
 
 
+def test_a_live_view_outlives_the_coordinator(processes, tmp_path):
+    (port,) = free_ports(1)
+    commands = readme_commands(port)
+    server = start(processes, commands[0])
+    server.wait_for("(?i)listening", timeout_s=60)
+    for command in commands[1:]:
+        if command[1] == "certs":
+            assert start(processes, command).wait(60) == 0
+        elif command[1] == "client" and "--check" not in command:
+            start(processes, command)
+    run = next(c for c in commands if c[1] == "run")
+    run[run.index("--rounds") + 1] = "200"
+    watched = start(processes, run)
+    watched.wait_for(r"^\s+5\s+2\s", timeout_s=60)
+    server.process.kill()
+    server.wait(30)
+    again = start(processes, commands[0])
+    again.wait_for("(?i)listening", timeout_s=60)
+    assert watched.wait(240) == 0, watched.output
+    rows = [int(line.split()[0]) for line in watched.output.splitlines() if line[:7].strip().isdigit()]
+    # Killed between a round's commit and its event, that one row is lost; none comes twice or out of order.
+    assert rows == sorted(set(rows))
+    assert (rows[-1], len(rows) >= 199) == (200, True)
+    assert "resumed after round" in watched.output
+    assert RunFolder(tmp_path / "heart-model").study().rounds == 200
+
+
 def test_ctrl_c_stops_a_server_and_a_client_with_one_line(processes, tmp_path):
     (port,) = free_ports(1)
     commands = readme_commands(port)
