@@ -233,7 +233,7 @@ def _print(folder: Path, comparison: Comparison) -> None:
     print(
         "  One split of few patients says little (see how few are healthy in Switzerland): benchmarks/heart.py repeats it"
     )
-    print("  over 10 seeds, with intervals.")
+    print("  repeats it over 10 seeds, with intervals.")
     print(
         f"\nthe simulation's final weights {'are' if comparison.identical else 'ARE NOT'} the federation's, byte for byte\n"
     )
