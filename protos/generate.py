@@ -12,7 +12,7 @@ ROOT = PROTOS.parent
 
 
 def generate(out: Path) -> list[Path]:
-    """Write `fedlearn/proto/*_pb2.py` and `.pyi` under `out`; return the files written, sorted.
+    """Write `fedlearn/proto/*_pb2.py` under `out`; return the files written, sorted.
 
     Raises:
         RuntimeError: protoc refused a file.
@@ -28,13 +28,12 @@ def generate(out: Path) -> list[Path]:
             f"-Ifedlearn/proto={PROTOS}",
             f"-I{include}",
             f"--python_out={out}",
-            f"--pyi_out={out}",
             *(f"fedlearn/proto/{source.name}" for source in sources),
         ]
     )
     if code != 0:
         raise RuntimeError(f"protoc ended with exit code {code}")
-    return sorted((out / "fedlearn" / "proto").glob("*_pb2.py*"))
+    return sorted((out / "fedlearn" / "proto").glob("*_pb2.py"))
 
 
 def main() -> int:

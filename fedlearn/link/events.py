@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fedlearn.events import Event
+
 
 @dataclass(frozen=True)
-class LinkEvent:
+class LinkEvent(Event):
     """Root of the link's events."""
 
 

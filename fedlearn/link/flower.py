@@ -89,6 +89,17 @@ def error_reply(origin: Message, code: int, reason: str) -> Message:
     return reply
 
 
+def as_error(metadata: bytes, code: int, reason: str) -> bytes | None:
+    """A reply's metadata turned into an error message's; None where it carries an error already."""
+    proto = ProtoMessage.FromString(metadata)
+    if proto.HasField("error"):
+        return None
+    proto.ClearField("content")
+    proto.error.code, proto.error.reason = code, reason
+    data: bytes = proto.SerializeToString()
+    return data
+
+
 def encode(message: Message) -> WireMessage:
     """Take a message apart. Buffers are the arrays' own bytes objects, not copies."""
     proto = ProtoMessage(metadata=serde_utils.metadata_to_proto(message.metadata))
