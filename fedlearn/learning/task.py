@@ -8,6 +8,7 @@ same numbers.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -274,10 +275,14 @@ class Population:
         return self._cache[client_id]
 
 
+_GENERATOR = threading.Lock()
+
+
 def build_model(task: Task, seed: int) -> torch.nn.Module:
     """The task's model with initial weights drawn from the study's seed; the global generator is left as it was."""
     import torch
 
-    with torch.random.fork_rng(devices=[]):
+    # Layers draw from torch's one generator: two runs of a coordinator that start together must not share it.
+    with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(seed, "model"))
         return task.model()
