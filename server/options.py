@@ -17,7 +17,6 @@ class CoordinatorOptions:
         app_dir: a Flower app folder; None for fedlearn's own app.
         database_url: a SQLAlchemy URL; None for `state.db` in the state folder.
         max_runs: runs that are worked on at a time; the others wait in order of submission.
-        keep_checkpoints: checkpoints of a run that are kept while it goes on.
         address_file: where the bound address is written once the port is open; for scripts that asked for port 0.
         json_logs: log JSON lines instead of text.
         debug: log more, and tracebacks.
@@ -29,7 +28,6 @@ class CoordinatorOptions:
     app_dir: Path | None = None
     database_url: str | None = field(default=None, repr=False)
     max_runs: int = 4
-    keep_checkpoints: int = 2
     address_file: Path | None = None
     json_logs: bool = False
     debug: bool = False

@@ -48,3 +48,4 @@ class RunRow:
     ended_at: float | None
     submitter: str
     reason: str
+    stop_asked: bool

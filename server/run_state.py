@@ -1,4 +1,4 @@
-"""What one run sees of the store: its checkpoints, and durable records for the release path."""
+"""What one run sees of the store: durable records for its round loop, and a place for its model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,14 @@ from fedlearn.release.journal import Changes, check_changes
 from server import blobs
 
 if TYPE_CHECKING:
-    from fedlearn.learning.runtime import Checkpoint
     from server.store import Store
 
 
-class RunCheckpoints:
-    """`fedlearn.learning.runtime.Checkpoints` of one run."""
+class RunModel:
+    """`fedlearn.learning.runtime.ModelSink` of one run."""
 
     def __init__(self, store: Store, run: str) -> None:
         self._store, self._run = store, run
-
-    def load(self) -> Checkpoint | None:
-        return self._store.load_checkpoint(self._run)
-
-    def save(self, round_: int, attempt: int, arrays: bytes, facts: Mapping[str, Any]) -> None:
-        self._store.save_checkpoint(self._run, round_, attempt, arrays, facts)
 
     def finish(self, model: bytes, facts: Mapping[str, Any]) -> None:
         del facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from sqlalchemy import (
-    BigInteger,
+    Boolean,
     Column,
     Float,
     Index,
@@ -40,17 +40,7 @@ runs = Table(
     Column("ended_at", Float),
     Column("submitter", String(80), nullable=False),
     Column("reason", Text, nullable=False, default=""),
-)
-
-rounds = Table(
-    "rounds",
-    metadata,
-    Column("run", String(32), primary_key=True),
-    Column("round", Integer, primary_key=True),
-    Column("attempt", Integer, nullable=False),
-    Column("committed_at", Float, nullable=False),
-    Column("model_bytes", BigInteger, nullable=False),
-    Column("facts", Text),  # a JSON object; only rounds whose checkpoint is kept have it
+    Column("stop_asked", Boolean, nullable=False, default=False),
 )
 
 events = Table(

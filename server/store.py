@@ -1,4 +1,4 @@
-"""What the coordinator keeps: runs, rounds, checkpoints, events and the release path's records, in one database.
+"""What the coordinator keeps: runs, their journals with every round and checkpoint, events and models, in one database.
 
 SQLite in WAL mode by default, with every commit synced to disk; any other SQLAlchemy URL works alike. One process writes
 (the state folder's lock sees to it), from several threads. What a method returned from survives a kill -9 and a loss of power.
@@ -17,7 +17,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fedlearn.clock import Clock, SystemClock
 from fedlearn.errors import FedlearnError, StateError
-from fedlearn.learning.runtime import Checkpoint
 from server import blobs, schema
 from server.records import RUN_TRANSITIONS, RunRow, RunStatus
 
@@ -31,17 +30,13 @@ class Store:
 
     Args:
         url: a SQLAlchemy URL.
-        keep_checkpoints: checkpoints of a run that are kept; older ones are deleted by the transaction that adds one.
         clock: stamps records for people.
 
     Raises:
         StateError: the database cannot be opened, or was written by a newer version.
     """
 
-    def __init__(self, url: str, *, keep_checkpoints: int = 2, clock: Clock | None = None) -> None:
-        if keep_checkpoints < 1:
-            raise ValueError(f"keep_checkpoints: got {keep_checkpoints}, expected at least 1")
-        self._keep = keep_checkpoints
+    def __init__(self, url: str, *, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
         self._writer = threading.Lock()
         try:
@@ -105,8 +100,8 @@ class Store:
         with self.reading() as db:
             return [_run_row(row) for row in db.execute(query)]
 
-    def move(self, run: str, status: RunStatus, *, reason: str = "") -> RunRow:
-        """Change a run's status.
+    def move(self, run: str, status: RunStatus, *, reason: str = "", last: Sequence[tuple[int, str]] = ()) -> RunRow:
+        """Change a run's status, and append its last events in the same transaction.
 
         Raises:
             StateError: `RUN_TRANSITIONS` does not have the step.
@@ -119,7 +114,14 @@ class Store:
             if status.ended:
                 values["ended_at"] = self._clock.wall()
             db.execute(sa.update(schema.runs).where(schema.runs.c.run == run).values(values))
+            if last:
+                db.execute(sa.insert(schema.events), [{"run": run, "number": n, "event": e} for n, e in last])
         return self.run(run)
+
+    def ask_to_stop(self, run: str) -> None:
+        """Remember that somebody wants the run to stop, also for the next process."""
+        with self.writing() as db:
+            db.execute(sa.update(schema.runs).where(schema.runs.c.run == run).values(stop_asked=True))
 
     def add_participants(self, run: str, clients: Iterable[str]) -> None:
         """Remember which clients took part; they may see the run and fetch its model."""
@@ -136,64 +138,10 @@ class Store:
         with self.reading() as db:
             return frozenset(db.execute(sa.select(table.c.client).where(table.c.run == run)).scalars())
 
-    # Rounds and checkpoints.
-
-    def save_checkpoint(self, run: str, round_: int, attempt: int, arrays: bytes, facts: Mapping[str, Any]) -> None:
-        """Commit a round: its record and its checkpoint, and drop older checkpoints, in one transaction.
-
-        Raises:
-            StateError: a round that is not after the last committed one, or the disk refused.
-        """
-        rounds = schema.rounds
-        with self.writing() as db:
-            last = db.execute(sa.select(sa.func.max(rounds.c.round)).where(rounds.c.run == run)).scalar()
-            if last is not None and round_ <= last:
-                raise StateError(f"run {run}: round {round_} cannot be committed, round {last} already is")
-            db.execute(
-                sa.insert(rounds).values(
-                    run=run,
-                    round=round_,
-                    attempt=attempt,
-                    committed_at=self._clock.wall(),
-                    model_bytes=len(arrays),
-                    facts=json.dumps(dict(facts)),
-                )
-            )
-            blobs.write(db, run, _checkpoint(round_), arrays)
-            db.execute(sa.update(schema.runs).where(schema.runs.c.run == run).values(round=round_))
-            kept = sa.and_(rounds.c.run == run, rounds.c.facts.is_not(None))
-            newest = db.execute(sa.select(rounds.c.round).where(kept).order_by(rounds.c.round.desc())).scalars().all()
-            for old in newest[self._keep :]:
-                blobs.delete(db, run, _checkpoint(old))
-                db.execute(sa.update(rounds).where(rounds.c.run == run, rounds.c.round == old).values(facts=None))
-
-    def load_checkpoint(self, run: str) -> Checkpoint | None:
-        """The newest checkpoint of a run, or None.
-
-        Raises:
-            StateError: its bytes are damaged.
-        """
-        rounds = schema.rounds
-        query = sa.select(rounds).where(rounds.c.run == run).order_by(rounds.c.round.desc()).limit(1)
-        with self.reading() as db:
-            row = db.execute(query).one_or_none()
-            if row is None:
-                return None
-            arrays = blobs.read(db, run, _checkpoint(row.round))
-        if arrays is None or row.facts is None:
-            raise StateError(f"run {run}: the checkpoint of round {row.round} is missing", hint="restore from a backup")
-        return Checkpoint(row.round, row.attempt, arrays, json.loads(row.facts))
-
-    def rounds(self, run: str) -> list[dict[str, Any]]:
-        """Every committed round of a run: `round`, `attempt`, `committed_at`, `model_bytes`; in order."""
-        table = schema.rounds
-        columns = (table.c.round, table.c.attempt, table.c.committed_at, table.c.model_bytes)
-        with self.reading() as db:
-            rows = db.execute(sa.select(*columns).where(table.c.run == run).order_by(table.c.round))
-            return [dict(row._mapping) for row in rows]  # noqa: SLF001  # the public way to a row as a mapping
+    # The final model.
 
     def save_model(self, run: str, model: bytes) -> None:
-        """Keep a run's final model."""
+        """Keep a run's final model; a run that is resumed after its last round saves the same one again."""
         with self.writing() as db:
             blobs.delete(db, run, MODEL)
             blobs.write(db, run, MODEL, model)
@@ -212,11 +160,14 @@ class Store:
             last = db.execute(sa.select(sa.func.max(table.c.number)).where(table.c.run == run)).scalar()
         return 0 if last is None else int(last) + 1
 
-    def add_events(self, events: Sequence[tuple[str, int, str]]) -> None:
-        """Append events, as (run, number, JSON), in one transaction."""
-        if events:
-            with self.writing() as db:
-                db.execute(sa.insert(schema.events), [{"run": r, "number": n, "event": e} for r, n, e in events])
+    def add_events(self, events: Sequence[tuple[str, int, str]], rounds_done: Mapping[str, int] | None = None) -> None:
+        """Append events, as (run, number, JSON), and note how many rounds runs have committed; in one transaction."""
+        if not events:
+            return
+        with self.writing() as db:
+            db.execute(sa.insert(schema.events), [{"run": r, "number": n, "event": e} for r, n, e in events])
+            for run, done in (rounds_done or {}).items():
+                db.execute(sa.update(schema.runs).where(schema.runs.c.run == run).values(round=done))
 
     def events(self, run: str, start: int, limit: int = EVENTS_READ) -> list[tuple[int, str]]:
         """Events from number `start` on, as (number, JSON); at most `limit`."""
@@ -250,10 +201,6 @@ class Store:
                     f"database: its schema has version {version}, this fedlearn knows version {schema.SCHEMA_VERSION}",
                     hint="install the fedlearn that wrote it, or start with another state folder",
                 )
-
-
-def _checkpoint(round_: int) -> str:
-    return f"checkpoint/{round_}"
 
 
 def _run_row(row: sa.Row[Any]) -> RunRow:

@@ -1,4 +1,4 @@
-"""What a coordinator lends to a ServerApp that can use it: checkpoints, a journal, an event sink, and the wish to stop.
+"""What a coordinator lends to a ServerApp that can use it: a journal, a place for the model, an event sink, and the wish to stop.
 
 The coordinator sets it as the attribute `runtime` of the grid that it passes; on stock Flower, and for apps that know
 nothing of it, the attribute is absent: `getattr(grid, "runtime", None)`.
@@ -7,53 +7,26 @@ nothing of it, the attribute is absent: `getattr(grid, "runtime", None)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fedlearn.events import Emit
 from fedlearn.release.journal import Journal
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The state after a committed round.
-
-    Args:
-        round: rounds committed so far.
-        attempt: the attempt that committed it.
-        arrays: safetensors bytes of the server's state.
-        facts: JSON object: history and whatever else the loop needs to go on.
-    """
-
-    round: int
-    attempt: int
-    arrays: bytes = field(repr=False)
-    facts: Mapping[str, Any]
-
-
-class Checkpoints(Protocol):
-    """Checkpoints of one run. What `save` returned from survives a kill -9 and a loss of power."""
-
-    def load(self) -> Checkpoint | None:
-        """The newest checkpoint; None before the first."""
-        ...
-
-    def save(self, round_: int, attempt: int, arrays: bytes, facts: Mapping[str, Any]) -> None:
-        """Commit a round: its record and its checkpoint in one transaction.
-
-        Args:
-            round_: rounds committed so far, this one included; 0 for the state before the first.
-            attempt: the attempt that made it, from 1.
-            arrays: safetensors bytes.
-            facts: a JSON object.
-
-        Raises:
-            StateError: the round is not after the newest checkpoint's, or the disk refused.
-        """
-        ...
+class ModelSink(Protocol):
+    """Where a run's final model goes. Rounds and their checkpoints are in the journal."""
 
     def finish(self, model: bytes, facts: Mapping[str, Any]) -> None:
-        """Keep the final model (safetensors bytes, weights alone), to be fetched by the run's clients and operators."""
+        """Keep the final model, to be fetched by the run's clients and operators.
+
+        Args:
+            model: safetensors bytes, weights alone.
+            facts: a JSON object about it.
+
+        Raises:
+            StateError: the disk refused.
+        """
         ...
 
 
@@ -65,9 +38,9 @@ class RunRuntime:
         run_id: the run's id as people see it.
         study_text: the submitted study, TOML.
         overrides: `key=value`, applied in order.
-        checkpoints: where committed rounds go.
+        checkpoints: where the final model goes.
         emit: takes events; never blocks.
-        journal: durable records of the release path for this run alone.
+        journal: durable records of this run alone: every round, its checkpoint, and what the release path keeps.
         should_stop: True when somebody asked the run to stop; asked between rounds.
         client_name: node id to the name in that client's certificate.
     """
@@ -75,7 +48,7 @@ class RunRuntime:
     run_id: str
     study_text: str
     overrides: tuple[str, ...]
-    checkpoints: Checkpoints
+    checkpoints: ModelSink
     emit: Emit
     journal: Journal
     should_stop: Callable[[], bool]

@@ -12,7 +12,7 @@ from fedlearn.clock import MockClock
 from fedlearn.errors import LimitExceededError, StateError
 from server import blobs, schema
 from server.records import RUN_TRANSITIONS, RunStatus
-from server.run_state import RunCheckpoints, RunJournal
+from server.run_state import RunJournal, RunModel
 from server.store import Store
 
 
@@ -62,50 +62,6 @@ def test_a_status_moves_only_along_the_table(store: Store, start: RunStatus, end
         assert store.run(run).status is start
 
 
-def test_checkpoints_keep_the_last_ones_and_load_the_newest(store: Store) -> None:
-    run = add(store)
-    checkpoints = RunCheckpoints(store, run)
-    assert checkpoints.load() is None
-    for round_ in range(5):
-        checkpoints.save(round_, round_ + 1, bytes([round_]) * 10, {"history": [round_]})
-    newest = checkpoints.load()
-    assert newest is not None
-    assert (newest.round, newest.attempt, newest.arrays, newest.facts) == (4, 5, b"\x04" * 10, {"history": [4]})
-    assert store.run(run).round == 4
-    assert [r["round"] for r in store.rounds(run)] == [0, 1, 2, 3, 4]
-    with store.reading() as db:
-        kept = [n for n in range(5) if blobs.read(db, run, f"checkpoint/{n}") is not None]
-    assert kept == [3, 4]
-
-
-def test_a_round_is_committed_once_and_in_order(store: Store) -> None:
-    checkpoints = RunCheckpoints(store, add(store))
-    checkpoints.save(2, 1, b"two", {})
-    for round_ in (2, 1):
-        with pytest.raises(StateError, match="cannot be committed"):
-            checkpoints.save(round_, 1, b"other", {})
-    loaded = checkpoints.load()
-    assert loaded is not None
-    assert loaded.arrays == b"two"
-
-
-def test_a_failed_commit_leaves_nothing_behind(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = add(store)
-    checkpoints = RunCheckpoints(store, run)
-    checkpoints.save(1, 1, b"one", {})
-
-    def refuse(*_: object) -> None:
-        raise StateError("the disk is full")
-
-    monkeypatch.setattr(blobs, "write", refuse)
-    with pytest.raises(StateError, match="disk is full"):
-        checkpoints.save(2, 1, b"two", {})
-    monkeypatch.undo()
-    loaded = checkpoints.load()
-    assert loaded is not None
-    assert (loaded.round, loaded.arrays, store.run(run).round) == (1, b"one", 1)
-
-
 def test_large_values_are_cut_into_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blobs, "PART_BYTES", 7)
     run = add(store)
@@ -141,6 +97,29 @@ def test_events_are_numbered_and_read_from_any_number(store: Store) -> None:
     assert store.events("other", 0) == []
 
 
+def test_events_note_the_rounds_that_are_done(store: Store) -> None:
+    run = add(store)
+    store.add_events([(run, 0, "{}"), ("other", 0, "{}")], {run: 2})
+    assert store.run(run).round == 2
+
+
+def test_a_run_ends_together_with_its_last_event(store: Store) -> None:
+    run = add(store)
+    store.move(run, RunStatus.RUNNING)
+    store.move(run, RunStatus.FAILED, reason="why", last=[(0, "{}")])
+    assert (store.run(run).reason, store.events(run, 0)) == ("why", [(0, "{}")])
+    with pytest.raises(StateError, match="cannot become"):
+        store.move(run, RunStatus.STOPPED, last=[(1, "{}")])
+    assert store.next_event(run) == 1
+
+
+def test_the_wish_to_stop_is_remembered(store: Store) -> None:
+    run = add(store)
+    assert not store.run(run).stop_asked
+    store.ask_to_stop(run)
+    assert store.run(run).stop_asked
+
+
 def test_participants_are_a_set(store: Store) -> None:
     run = add(store)
     store.add_participants(run, ["b", "a"])
@@ -165,14 +144,12 @@ def test_the_journal_is_a_journal_of_one_run(store: Store) -> None:
 def test_what_was_committed_is_there_for_the_next_process(database_url: str) -> None:
     first = Store(database_url)
     run = add(first)
-    RunCheckpoints(first, run).save(1, 1, b"model", {"x": 1})
+    RunModel(first, run).finish(b"model", {})
     RunJournal(first, run).write({"k": b"v"})
     first.close()
     second = Store(database_url)
     try:
-        loaded = second.load_checkpoint(run)
-        assert loaded is not None
-        assert (loaded.arrays, RunJournal(second, run).get("k")) == (b"model", b"v")
+        assert (second.load_model(run), RunJournal(second, run).get("k")) == (b"model", b"v")
     finally:
         second.close()
 
