@@ -183,6 +183,8 @@ class Federation:
                 self._emit(events.ClientDropped(self._run, at.round, reply.client, reason or ""))
         if self._machine.state is RoundState.OPEN:
             self._machine.close()
+        elif self._machine.state is RoundState.REFILL:
+            self._machine.void("a survivor sent other bytes than before the coordinator's restart")
         if self._machine.state is not RoundState.SUMMED:
             self._give_up(at)
             return

@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
-from fedlearn.errors import LimitExceededError, LocalProtocolError, RemoteProtocolError, StateError, UpdateError
+from fedlearn.errors import LimitExceededError, LocalProtocolError, RemoteProtocolError, UpdateError
 from fedlearn.release.checksum import checksum_of
-from fedlearn.release.journal import Changes, Journal, pack, unpack
-from fedlearn.release.keys import TRAIN, UNMASK, AttemptId, ReleaseKey, record_key
+from fedlearn.release.journal import Changes, Journal
+from fedlearn.release.keys import TRAIN, UNMASK, AttemptId, ReleaseKey
 from fedlearn.release.round import (
     ROUND_TRANSITIONS,
     Accepted,
@@ -42,6 +42,7 @@ from fedlearn.release.round import (
     RoundPolicy,
     RoundState,
 )
+from fedlearn.release.round_log import RoundLog
 
 P = TypeVar("P")
 A = TypeVar("A", bound=Accumulator[Any])
@@ -82,7 +83,7 @@ class RoundMachine(Generic[P, A]):
         masking: Callable[[], Masking[A]] = NoMasking,
         exchange: str = TRAIN,
     ) -> None:
-        self._journal = journal
+        self._log = RoundLog(journal, run)
         self._run = run
         self._policy = policy if policy is not None else RoundPolicy()
         self._make_sum = accumulator
@@ -90,17 +91,7 @@ class RoundMachine(Generic[P, A]):
         self._size = size
         self._make_masking = masking
         self._exchange = exchange
-        self._write_failed = False
-        self._attempt = self._load_attempt()
-        self._state = _state_of(self._attempt)
-        failed = journal.get(record_key("failed", run))
-        self._failure = "" if failed is None else str(unpack(failed, what="failed")["reason"])
-        if failed is not None:
-            self._state = RoundState.FAILED
-        self._bases: dict[str, AttemptId] = {}
-        for name, data in journal.scan(record_key("base", run, "")):
-            fields = unpack(data, what=name)
-            self._bases[str(fields["client"])] = AttemptId(*fields["base"])
+        self._state = _state_of(self._log)
         self._empty()
 
     @property
@@ -115,20 +106,20 @@ class RoundMachine(Generic[P, A]):
         Raises:
             LocalProtocolError: nothing was begun.
         """
-        return self._begun().key
+        return self._log.attempt.key
 
     @property
     def reason(self) -> str:
         """Why the last attempt is void, or the run has failed; else empty."""
-        return self._failure or (self._attempt.reason if self._attempt is not None else "")
+        return self._log.failure or (self._log.attempt.reason if self._log.begun else "")
 
     @property
     def next_step(self) -> Begin | Resume | Failed:
         """What to do now; after a crash: where to go on."""
         if self._state is RoundState.FAILED:
-            return Failed(self._failure)
+            return Failed(self._log.failure)
         if self._state in _LIVE:
-            attempt = self._begun()
+            attempt = self._log.attempt
             return Resume(attempt.key, attempt.roster, None if attempt.survivors is None else tuple(attempt.survivors))
         return Begin(self._next_attempt())
 
@@ -155,7 +146,7 @@ class RoundMachine(Generic[P, A]):
         Raises:
             LocalProtocolError: the attempt is open.
         """
-        survivors = self._begun().survivors
+        survivors = self._log.attempt.survivors
         if survivors is None:
             raise LocalProtocolError(f"run {self._run}: survivors are known once the attempt is closed")
         return tuple(survivors)
@@ -173,11 +164,11 @@ class RoundMachine(Generic[P, A]):
 
     def base_of(self, client: str) -> AttemptId | None:
         """The last attempt that was committed with this client in it: the `base` of the next request to it."""
-        return self._bases.get(client)
+        return self._log.bases.get(client)
 
     def record(self, round_number: int) -> bytes | None:
         """What `commit` was given for a round, or None."""
-        return self._journal.get(record_key("commit", self._run, round_number))
+        return self._log.record(round_number)
 
     def begin(self, at: AttemptId, roster: Iterable[str], model_digest: str) -> ReleaseKey:
         """Journal the roster and the broadcast of a new attempt; then its clients may be asked.
@@ -191,7 +182,7 @@ class RoundMachine(Generic[P, A]):
             LocalProtocolError: it is not the next attempt, or the roster is empty or names a client twice.
             LimitExceededError: the roster is too long.
         """
-        self._check_usable()
+        self._log.check_usable()
         names = sorted(roster)
         if self._state in _LIVE or self._state is RoundState.FAILED or at != self._next_attempt():
             raise LocalProtocolError(
@@ -206,16 +197,14 @@ class RoundMachine(Generic[P, A]):
                 f"run {self._run}: got a roster of {len(names)} with {len(set(names))} different names"
             )
         key = ReleaseKey(self._run, at.round, at.attempt, self._exchange, model_digest)
-        attempt = Attempt(key, tuple(names), None, RoundState.OPEN)
-        self._write({**self._record(attempt), record_key("head", self._run): pack({"at": at})})
-        self._attempt = attempt
+        self._log.opened(Attempt(key, tuple(names), None, RoundState.OPEN))
         self._go(RoundState.OPEN)
         self._empty()
         return key
 
     def receive(self, client: str, key: ReleaseKey, payload: P) -> Accepted | Duplicate | Rejected:
         """Take one client's payload. Nothing that arrives here can end the round or enter the sum twice."""
-        self._check_usable()
+        self._log.check_usable()
         if client not in self._roster:
             return Rejected(Rejection.UNKNOWN_CLIENT, f"client {client!r} is not on the roster of run {self._run}")
         if key != self.key:
@@ -225,7 +214,7 @@ class RoundMachine(Generic[P, A]):
         if expected == checksum:
             return Duplicate()
         if expected is None and self._state is RoundState.REFILL:
-            expected = (self._begun().survivors or {}).get(client)
+            expected = (self._log.attempt.survivors or {}).get(client)
             if expected is None:
                 return Rejected(Rejection.NOT_SURVIVOR, f"client {client!r}: the survivors of {key} stand without it")
         if expected is not None and expected != checksum:
@@ -250,7 +239,7 @@ class RoundMachine(Generic[P, A]):
 
         In REFILL, and in UNMASKING when nobody is left to wait for, the attempt is void.
         """
-        self._check_usable()
+        self._log.check_usable()
         if self._state not in _LIVE or client not in self.waiting:
             return
         self._gone.add(client)
@@ -265,14 +254,12 @@ class RoundMachine(Generic[P, A]):
         Returns:
             SUMMED, UNMASKING (send `unmask_requests`), VOID or FAILED.
         """
-        self._check_usable()
+        self._log.check_usable()
         self._expect(RoundState.OPEN, "close")
         if len(self._received) < max(1, self._policy.min_survivors):
             sent, asked = len(self._received), len(self._roster)
             return self.void(f"{sent} of {asked} clients sent, at least {self._policy.min_survivors} needed")
-        attempt = replace(self._begun(), survivors=dict(sorted(self._received.items())))
-        self._write(self._record(attempt))
-        self._attempt = attempt
+        self._log.closed(replace(self._log.attempt, survivors=dict(sorted(self._received.items()))))
         self._unmask()
         return self._state
 
@@ -283,7 +270,7 @@ class RoundMachine(Generic[P, A]):
 
     def unmasked(self, client: str, key: ReleaseKey, answer: bytes) -> Accepted | Duplicate | Rejected:
         """Take one client's answer to an unmask request."""
-        self._check_usable()
+        self._log.check_usable()
         if client not in self._requests:
             return Rejected(Rejection.UNKNOWN_CLIENT, f"client {client!r} was not asked to unmask in run {self._run}")
         if key != replace(self.key, exchange=UNMASK):
@@ -317,16 +304,9 @@ class RoundMachine(Generic[P, A]):
             record: what the server rule made of the total: opaque here.
             extra: records of the caller's own to be written in the same transaction.
         """
-        self._check_usable()
+        self._log.check_usable()
         self._expect(RoundState.SUMMED, "commit")
-        attempt = replace(self._begun(), state=RoundState.COMMITTED)
-        at = attempt.key.at
-        changes = {**(extra or {}), **self._record(attempt), record_key("commit", self._run, at.round): record}
-        for client in self.survivors:
-            changes[record_key("base", self._run, client)] = pack({"client": client, "base": at})
-        self._write(changes)
-        self._attempt = attempt
-        self._bases.update(dict.fromkeys(self.survivors, at))
+        self._log.committed(replace(self._log.attempt, state=RoundState.COMMITTED), record, extra or {})
         self._go(RoundState.COMMITTED)
         self._empty()
 
@@ -336,43 +316,45 @@ class RoundMachine(Generic[P, A]):
         Returns:
             VOID: the next attempt may begin. FAILED: it was the last one that the policy allows.
         """
-        self._check_usable()
+        self._log.check_usable()
         if self._state not in _LIVE:
             raise LocalProtocolError(f"run {self._run}: void in state {self._state.value}")
-        attempt = replace(self._begun(), state=RoundState.VOID, reason=reason)
-        changes = self._record(attempt)
-        last = attempt.key.attempt >= self._policy.max_attempts
-        if last:
-            reason = (
-                f"round {attempt.key.round} was void {attempt.key.attempt} times, the limit; the last time: {reason}"
-            )
-            changes[record_key("failed", self._run)] = pack({"reason": reason})
-        self._write(changes)
-        self._attempt = attempt
-        self._failure = reason if last else ""
+        attempt = replace(self._log.attempt, state=RoundState.VOID, reason=reason)
+        number, times = attempt.key.at
+        last = times >= self._policy.max_attempts
+        failure = f"round {number} was void {times} times, the limit; the last time: {reason}" if last else ""
+        self._log.voided(attempt, failure)
         self._go(RoundState.FAILED if last else RoundState.VOID)
         self._empty()
         return self._state
 
     def fail(self, reason: str) -> None:
         """End the run without a model: stopped, or impossible. Repeats are ignored."""
-        self._check_usable()
+        self._log.check_usable()
         if self._state is RoundState.FAILED:
             return
-        self._write({record_key("failed", self._run): pack({"reason": reason})})
-        self._failure = reason
+        self._log.failed(reason or "no reason was given")
         self._go(RoundState.FAILED)
         self._empty()
 
     def _unmask(self) -> None:
-        self._requests.update(self._masking.requests(self.key, self._begun().roster, self.survivors))
+        try:
+            self._requests.update(self._masking.requests(self.key, self._log.attempt.roster, self.survivors))
+        except (UpdateError, RemoteProtocolError) as error:
+            self.void(f"the sum cannot be unmasked: {error.message}")
+            return
         self._go(RoundState.UNMASKING if self._requests else RoundState.SUMMED)
         self._open_sum()
 
     def _open_sum(self) -> None:
-        if self._state is RoundState.UNMASKING and self._masking.ready():
+        if self._state is not RoundState.UNMASKING or not self._masking.ready():
+            return
+        try:
             self._masking.unmask(self._sum)
-            self._go(RoundState.SUMMED)
+        except (UpdateError, RemoteProtocolError) as error:
+            self.void(f"the sum cannot be unmasked: {error.message}")
+            return
+        self._go(RoundState.SUMMED)
 
     def _empty(self) -> None:
         """Forget what is in memory of an attempt."""
@@ -382,37 +364,19 @@ class RoundMachine(Generic[P, A]):
         self._requests: dict[str, bytes] = {}
         self._answered: dict[str, str] = {}
         self._gone: set[str] = set()
-        self._roster = frozenset(self._attempt.roster if self._attempt is not None else ())
+        self._roster = frozenset(self._log.attempt.roster if self._log.begun else ())
 
     def _next_attempt(self) -> AttemptId:
-        if self._attempt is None:
+        if not self._log.begun:
             return AttemptId(1, 1)
-        at = self._attempt.key.at
+        at = self._log.attempt.key.at
         return (
             AttemptId(at.round + 1, 1) if self._state is RoundState.COMMITTED else AttemptId(at.round, at.attempt + 1)
         )
 
-    def _begun(self) -> Attempt:
-        if self._attempt is None:
-            raise LocalProtocolError(f"run {self._run}: nothing was begun")
-        return self._attempt
-
     def _too_large(self, client: str, size: int) -> Rejected:
         limit = self._policy.payload_limit_bytes
         return Rejected(Rejection.TOO_LARGE, f"client {client!r}: {size} bytes, limit payload_limit_bytes is {limit}")
-
-    def _load_attempt(self) -> Attempt | None:
-        head = self._journal.get(record_key("head", self._run))
-        if head is None:
-            return None
-        place = record_key("attempt", self._run, *unpack(head, what="head")["at"])
-        data = self._journal.get(place)
-        if data is None:
-            raise StateError(f"journal: record {place!r} is missing", hint="restore the folder from a backup")
-        return Attempt.from_record(data, what=place)
-
-    def _record(self, attempt: Attempt) -> dict[str, bytes | None]:
-        return {record_key("attempt", self._run, *attempt.key.at): attempt.to_record()}
 
     def _expect(self, state: RoundState, what: str) -> None:
         if self._state is not state:
@@ -423,25 +387,13 @@ class RoundMachine(Generic[P, A]):
             raise LocalProtocolError(f"run {self._run}: no way from {self._state.value} to {state.value}")
         self._state = state
 
-    def _write(self, changes: Changes) -> None:
-        try:
-            self._journal.write(changes)
-        except BaseException:
-            self._write_failed = True
-            raise
 
-    def _check_usable(self) -> None:
-        if self._write_failed:
-            raise StateError(
-                "the run's journal failed to write: what is on the disk is unknown",
-                hint="check the disk (full? read-only?) and restart the server; it goes on from what is durable",
-            )
-
-
-def _state_of(attempt: Attempt | None) -> RoundState:
-    """Where an attempt stands after a crash: what was in memory is gone."""
-    if attempt is None:
+def _state_of(log: RoundLog) -> RoundState:
+    """Where a run stands after a crash: what was in memory is gone."""
+    if log.failure:
+        return RoundState.FAILED
+    if not log.begun:
         return RoundState.IDLE
-    if attempt.state is RoundState.OPEN and attempt.survivors is not None:
+    if log.attempt.state is RoundState.OPEN and log.attempt.survivors is not None:
         return RoundState.REFILL
-    return attempt.state
+    return log.attempt.state

@@ -177,6 +177,9 @@ class Masking(Protocol[A_contra]):
         """What to ask of whom before the sum can be read; empty when there are no masks.
 
         A pure function of its arguments and of what was durable before: after a crash the same requests are sent again.
+
+        Raises:
+            UpdateError, RemoteProtocolError: these survivors' sum cannot be opened; the attempt is void.
         """
         ...
 
@@ -193,7 +196,11 @@ class Masking(Protocol[A_contra]):
         ...
 
     def unmask(self, total: A_contra, /) -> None:
-        """Take the masks off the sum."""
+        """Take the masks off the sum.
+
+        Raises:
+            UpdateError, RemoteProtocolError: the answers do not open it; the attempt is void.
+        """
         ...
 
 

@@ -182,8 +182,9 @@ class CountsDuplicates(RoundMachine):
 class ForgetsSurvivors(RoundMachine):
     """The survivors are not journaled before the unmasking."""
 
-    def _record(self, attempt):
-        return super()._record(replace(attempt, survivors=None) if attempt.state.value == "open" else attempt)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._log.closed = lambda attempt: setattr(self._log, "_attempt", attempt)
 
 
 class ForgetsBases(RoundMachine):
@@ -197,11 +198,12 @@ class VoidsInMemory(RoundMachine):
     """A void is not made durable."""
 
     def void(self, reason):
-        journal, self._journal = self._journal, type("Nowhere", (), {"write": lambda _, changes: None})()
+        log = self._log
+        journal, log._journal = log._journal, type("Nowhere", (), {"write": lambda _, changes: None})()
         try:
             return super().void(reason)
         finally:
-            self._journal = journal
+            log._journal = journal
 
 
 def _name(kinds: Kinds) -> str:
