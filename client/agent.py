@@ -1,8 +1,36 @@
-"""The site's agent process."""
+"""The site's agent process: dials out, holds the keys, the policy and the gate, and leaves training to a worker."""
 
 from __future__ import annotations
 
-from client.options import AgentOptions, Finding
+import asyncio
+import logging
+import signal
+from typing import TYPE_CHECKING, Any
+
+from client import sandbox
+from client.crew import Crew
+from client.policy import SiteRules, load_rules
+from client.site import ForeignSite, Site
+from fedlearn import logs
+from fedlearn.app import App, load_app, own_root
+from fedlearn.errors import StudyError, TlsError
+from fedlearn.link import LinkClient, TlsBundle
+from fedlearn.link import events as link_events
+from fedlearn.link.tls import Role
+from fedlearn.lock import FolderLock
+from fedlearn.release.charge import CostCharger
+from fedlearn.release.records import SitePolicy
+from fedlearn.release.site import SiteGate
+from fedlearn.release.sqlite import SqliteJournal
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from flwr.app import Message
+
+    from client.options import AgentOptions
+
+log = logging.getLogger("fedlearn.client")
 
 
 def join(options: AgentOptions) -> int:
@@ -12,11 +40,100 @@ def join(options: AgentOptions) -> int:
         0 after SIGTERM, 130 after Ctrl-C.
 
     Raises:
-        FedlearnError: it cannot start or go on: TlsError, StateError, PolicyRefusedError ...
+        FedlearnError: it cannot start or go on: TlsError, StateError, DataError ...
     """
-    raise NotImplementedError(options)
+    logs.configure(json_lines=options.json_logs, debug=options.debug)
+    sandbox.hide_memory()
+    bundle = client_bundle(options)
+    app = load_app(options.app_dir)
+    rules = site_rules(options, app)
+    with FolderLock(options.state_dir, "an agent"):
+        journal = SqliteJournal(options.state_dir / "releases")
+        try:
+            gate = SiteGate(journal, CostCharger({}), SitePolicy(max_voids_per_run=rules.max_voids_per_run))
+            return asyncio.run(_serve(options, bundle, app, rules, gate))
+        finally:
+            journal.close()
 
 
-def check(options: AgentOptions) -> list[Finding]:
-    """A dry run: policy, TLS, data against the task's schema, device, connection. Raises nothing foreseen."""
-    raise NotImplementedError(options)
+def client_bundle(options: AgentOptions) -> TlsBundle:
+    """The site's certificate.
+
+    Raises:
+        TlsError: it is missing, broken, or not a client's.
+    """
+    bundle = TlsBundle.load(options.tls_dir)
+    if bundle.identity.role is not Role.CLIENT:
+        raise TlsError(
+            f"{options.tls_dir}: the certificate is for {bundle.identity.uri}, expected the role client",
+            hint="ask the coordinator's operator for one: fedlearn certs issue NAME --role client",
+        )
+    return bundle
+
+
+def site_rules(options: AgentOptions, app: App) -> SiteRules:
+    """The policy with the command line's defaults.
+
+    Raises:
+        StudyError: the policy file is refused, or no task is named.
+    """
+    rules = load_rules(options.policy)
+    if app.native and options.task is None:
+        raise StudyError("client: no --task", hint="name the task that this site takes part in, such as hospital/heart")
+    return rules.with_defaults(options.task or "", app.digest)
+
+
+def node_config(options: AgentOptions, name: str) -> dict[str, Any]:
+    """What the app is told of this site."""
+    config: dict[str, Any] = {"client-id": name, "device": options.device}
+    if options.data is not None:
+        config["data"] = str(options.data.resolve())
+    if options.threads is not None:
+        config["threads"] = options.threads
+    return config
+
+
+async def _serve(options: AgentOptions, bundle: TlsBundle, app: App, rules: SiteRules, gate: SiteGate) -> int:
+    told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        asyncio.get_running_loop().add_signal_handler(number, _tell, told, code)
+    name = bundle.identity.name
+    crew = Crew(own_root(), None if app.root == own_root() and app.native else options.app_dir, name)
+    config = node_config(options, name)
+    handle: Callable[[Message], Awaitable[Message]]
+    handle = Site(crew, rules, gate, config).handle if app.native else ForeignSite(crew, config).handle
+    facts = {"task": options.task or "", "device": options.device}
+    client = LinkClient(options.server, bundle, handle, facts, emit=_log_event)
+    link = asyncio.create_task(client.run(), name="link")
+    # The link's handlers wait for the worker, so both can start at once.
+    worker = asyncio.create_task(crew.warm_up(), name="worker")
+    try:
+        waiting: set[asyncio.Future[Any]] = {link, worker, told}
+        while not told.done():
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                future.result()  # raises what ended it; a worker that is warm ends nothing
+        log.info("stopping")
+        return told.result()
+    finally:
+        for task in (link, worker):
+            task.cancel()
+        await asyncio.gather(link, worker, return_exceptions=True)
+        await crew.close()
+
+
+def _tell(told: asyncio.Future[int], code: int) -> None:
+    if not told.done():
+        told.set_result(code)
+
+
+def _log_event(event: link_events.LinkEvent) -> None:
+    match event:
+        case link_events.LinkConnected(peer=peer):
+            log.info("connected to %s, waiting for work", peer)
+        case link_events.LinkLost(peer=peer, reason=reason, retry_in_s=retry_s):
+            log.warning("%s: %s; dialling again in %.1f s", peer, reason, retry_s or 0.0)
+        case link_events.HandlerFailed(error=error):
+            log.warning("a message was answered with an error: %s", error)
+        case _:
+            log.info("%s", event)

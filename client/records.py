@@ -38,8 +38,13 @@ def from_wire(metadata: bytes, buffers: Sequence[bytes]) -> RecordDict:
 def pack(content: RecordDict) -> bytes:
     """Records as one run of bytes."""
     wire = to_wire(content)
-    sizes = struct.pack(f"!{len(wire.buffers)}Q", *(len(b) for b in wire.buffers))
-    return b"".join((_HEAD.pack(len(wire.metadata), len(wire.buffers)), sizes, wire.metadata, *wire.buffers))
+    return join(wire.metadata, wire.buffers)
+
+
+def join(metadata: bytes, buffers: Sequence[bytes]) -> bytes:
+    """Records that are taken apart already, as one run of bytes; the inverse of `split`."""
+    sizes = struct.pack(f"!{len(buffers)}Q", *(len(b) for b in buffers))
+    return b"".join((_HEAD.pack(len(metadata), len(buffers)), sizes, metadata, *buffers))
 
 
 def split(data: bytes) -> tuple[bytes, list[bytes]]:

@@ -122,7 +122,7 @@ def client(
         debug=debug,
     )
     if check:
-        return _show_findings(module.check(asked), json)
+        return _show_findings(_app_module("client.check").check(asked), json)
     code: int = module.join(asked)
     return code
 

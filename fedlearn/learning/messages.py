@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -114,6 +114,14 @@ def decode_request(content: RecordDict) -> Request:
     Raises:
         RemoteProtocolError: a record or a field is missing or of another type.
     """
+    request = decode_facts(content)
+    if request.exchange is Exchange.DESCRIBE:
+        return request
+    return replace(request, model=from_record(content, "model"), shared=from_record(content, "shared"))
+
+
+def decode_facts(content: RecordDict) -> Request:
+    """A request without its arrays: all that an agent needs to admit and to name it. Raises as `decode_request`."""
     facts = _facts_of(content)
     try:
         exchange = Exchange(_text(facts, "exchange"))
@@ -132,8 +140,6 @@ def decode_request(content: RecordDict) -> Request:
         attempt=_number(facts, "attempt"),
         model_digest=_text(facts, "model_digest"),
         base=(base_round, _number(facts, "base_attempt")) if base_round else None,
-        model=from_record(content, "model"),
-        shared=from_record(content, "shared"),
     )
 
 
