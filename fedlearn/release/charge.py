@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_CEILING, Decimal, InvalidOperation, localcontext
 from typing import Protocol
 
 from fedlearn.errors import StateError
@@ -74,9 +74,10 @@ class CostCharger:
     unit: str = "cost"
 
     def weigh(self, spent: Sequence[Charge], asked: Charge) -> Weighing:
-        before = sum((_cost(charge) for charge in spent), start=Decimal(0))
-        budget = self.budgets.get(asked.account, Decimal(0))
-        return Weighing(spent=before, after=before + _cost(asked), budget=budget, unit=self.unit)
+        with localcontext(rounding=ROUND_CEILING):  # a sum too long for the context may only overstate
+            before = sum((_cost(charge) for charge in spent), start=Decimal(0))
+            after = before + _cost(asked)
+        return Weighing(spent=before, after=after, budget=self.budgets.get(asked.account, Decimal(0)), unit=self.unit)
 
 
 def _cost(charge: Charge) -> Decimal:
@@ -84,6 +85,6 @@ def _cost(charge: Charge) -> Decimal:
         cost = Decimal(charge.cost)
     except InvalidOperation:
         raise StateError(f"charge on {charge.account!r}: got cost {charge.cost!r}, expected a decimal number") from None
-    if cost < 0 or not cost.is_finite():
+    if not cost.is_finite() or cost < 0:
         raise StateError(f"charge on {charge.account!r}: got cost {charge.cost!r}, expected a finite number from 0")
     return cost

@@ -59,21 +59,31 @@ def pack(fields: Mapping[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def unpack(data: bytes, *, what: str) -> dict[str, Any]:
+def unpack(data: bytes, *required: str, what: str) -> dict[str, Any]:
     """The fields of a small record.
 
+    Args:
+        data: what `pack` returned.
+        required: names of fields that it must have.
+        what: the record's name, for the message.
+
     Raises:
-        StateError: the bytes are not a JSON object.
+        StateError: the bytes are not a JSON object with those fields.
     """
     try:
         fields = json.loads(data)
     except ValueError as error:
-        raise StateError(
-            f"journal: record {what!r} is damaged: {error}", hint="restore the folder from a backup"
-        ) from None
+        raise damaged(what, str(error)) from None
     if not isinstance(fields, dict):
-        raise StateError(f"journal: record {what!r} is damaged: got {type(fields).__name__}, expected an object")
+        raise damaged(what, f"got {type(fields).__name__}, expected an object")
+    if missing := [name for name in required if name not in fields]:
+        raise damaged(what, f"it has no {missing[0]!r}")
     return fields
+
+
+def damaged(what: str, why: str) -> StateError:
+    """The error for a record that does not hold what was written."""
+    return StateError(f"journal: record {what!r} is damaged: {why}", hint="restore the folder from a backup")
 
 
 def check_changes(changes: Changes) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 from urllib.parse import quote
 
+from fedlearn.errors import StateError
+
 TRAIN: Final = "train"
 """The exchange that carries a client's update."""
 
@@ -26,6 +28,18 @@ class AttemptId(NamedTuple):
 
     def __str__(self) -> str:
         return f"round {self.round} attempt {self.attempt}"
+
+    @classmethod
+    def from_pair(cls, pair: object, *, what: str) -> AttemptId:
+        """Read [round, attempt] from the journal.
+
+        Raises:
+            StateError: it is something else.
+        """
+        match pair:
+            case [int(number), int(attempt)]:
+                return cls(number, attempt)
+        raise StateError(f"journal: record {what!r} is damaged: got {pair!r}, expected a round and an attempt")
 
 
 @dataclass(frozen=True)

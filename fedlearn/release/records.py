@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from fedlearn.errors import StateError
 from fedlearn.release.charge import Charge, Weighing
-from fedlearn.release.journal import pack, unpack
+from fedlearn.release.journal import damaged, pack, unpack
 from fedlearn.release.keys import AttemptId, ReleaseKey
 
 
@@ -85,7 +85,7 @@ class Release:
             fields["status"] = Status(fields["status"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"journal: record {what!r} is damaged: {error}") from None
+            raise damaged(what, repr(error)) from None
 
 
 @unique

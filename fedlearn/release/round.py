@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, unique
 from typing import Final, Protocol, TypeVar
 
-from fedlearn.errors import StateError
-from fedlearn.release.journal import pack, unpack
+from fedlearn.release.journal import damaged, pack, unpack
 from fedlearn.release.keys import AttemptId, ReleaseKey
 
 
@@ -87,7 +86,7 @@ class Attempt:
             fields["state"] = RoundState(fields["state"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"journal: record {what!r} is damaged: {error}") from None
+            raise damaged(what, repr(error)) from None
 
 
 @dataclass(frozen=True)

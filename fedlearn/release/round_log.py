@@ -25,11 +25,11 @@ class RoundLog:
         self._write_failed = False
         self._attempt = self._load_attempt()
         failed = journal.get(self._place("failed"))
-        self.failure = "" if failed is None else str(unpack(failed, what="failed")["reason"])
+        self.failure = "" if failed is None else str(unpack(failed, "reason", what="failed")["reason"])
         self.bases: dict[str, AttemptId] = {}
         for name, data in journal.scan(self._place("base", "")):
-            fields = unpack(data, what=name)
-            self.bases[str(fields["client"])] = AttemptId(*fields["base"])
+            fields = unpack(data, "client", "base", what=name)
+            self.bases[str(fields["client"])] = AttemptId.from_pair(fields["base"], what=name)
 
     @property
     def begun(self) -> bool:
@@ -101,7 +101,7 @@ class RoundLog:
         head = self._journal.get(self._place("head"))
         if head is None:
             return None
-        place = self._place("attempt", *unpack(head, what="head")["at"])
+        place = self._place("attempt", *AttemptId.from_pair(unpack(head, "at", what="head")["at"], what="head"))
         data = self._journal.get(place)
         if data is None:
             raise StateError(f"journal: record {place!r} is missing", hint="restore the folder from a backup")

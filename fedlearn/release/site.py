@@ -108,10 +108,10 @@ class SiteGate:
             run.releases[release.key.at, release.key.exchange] = release
             run.latest = max(run.latest, release.key.at)
         for name, data in journal.scan("base/"):
-            fields = unpack(data, what=name)
+            fields = unpack(data, "run", "base", "state_at", what=name)
             run = self._runs[str(fields["run"])]
-            run.base = AttemptId(*fields["base"])
-            run.state_at = None if fields["state_at"] is None else AttemptId(*fields["state_at"])
+            run.base = AttemptId.from_pair(fields["base"], what=name)
+            run.state_at = None if fields["state_at"] is None else AttemptId.from_pair(fields["state_at"], what=name)
 
     def reserve(
         self, key: ReleaseKey, *, base: AttemptId | None = None, charge: Charge | None = None, request: bytes = b""
