@@ -231,7 +231,7 @@ def _print(folder: Path, comparison: Comparison) -> None:
         "  possible here only because this data is public. The same model, optimiser and passes over the data for all."
     )
     print(
-        "  One split of few patients says little (see how few are healthy in Switzerland): benchmarks/heart.py repeats it"
+        "  One split of few patients says little (see how few are healthy in Switzerland): benchmarks/heart.py"
     )
     print("  repeats it over 10 seeds, with intervals.")
     print(
