@@ -88,10 +88,6 @@ class Store:
             raise StateError(f"run {run!r}: no such run", hint="`fedlearn runs` lists them")
         return _run_row(row)
 
-    def find_runs(self, prefix: str) -> list[RunRow]:
-        """Runs whose id starts with `prefix`, newest first."""
-        return [row for row in self.runs() if row.run.startswith(prefix)]
-
     def runs(self, *statuses: RunStatus) -> list[RunRow]:
         """Runs with one of the statuses, or all; newest first."""
         query = sa.select(schema.runs).order_by(schema.runs.c.number.desc())
@@ -137,6 +133,12 @@ class Store:
         table = schema.participants
         with self.reading() as db:
             return frozenset(db.execute(sa.select(table.c.client).where(table.c.run == run)).scalars())
+
+    def runs_of(self, client: str) -> frozenset[str]:
+        """Ids of the runs that a client took part in."""
+        table = schema.participants
+        with self.reading() as db:
+            return frozenset(db.execute(sa.select(table.c.run).where(table.c.client == client)).scalars())
 
     # The final model.
 

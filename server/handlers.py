@@ -1,0 +1,107 @@
+"""What people ask of the coordinator, answered from its store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from fedlearn import events
+from fedlearn.errors import StateError
+from fedlearn.link.control import ModelFile, RunDetail, RunSummary
+from fedlearn.link.tls import Identity, Role
+from server.history import committed_rounds
+from server.records import RunRow
+from server.run_state import RunJournal
+
+if TYPE_CHECKING:
+    from server.coordinator import Coordinator
+    from server.store import Store
+
+MODEL_FILE: Final = "model.safetensors"
+STOP_WAIT_S: Final = 5.0
+"""How long an answer to `stop` waits for the round to end, so that it can say what became of the run."""
+
+
+class Handlers:
+    """`fedlearn.link.control.ControlHandlers`. A client sees the runs that it took part in; an operator sees all."""
+
+    def __init__(self, coordinator: Coordinator, store: Store, models: Path) -> None:
+        self._coordinator, self._store, self._models = coordinator, store, models
+        self._writing = asyncio.Lock()
+
+    async def submit(self, caller: Identity, study: str, overrides: Sequence[str]) -> str:
+        return await self._coordinator.submit(study, overrides, caller.uri)
+
+    async def stop(self, caller: Identity, run_id: str) -> RunSummary:
+        row = await self._find(caller, run_id)
+        return _summary(await self._coordinator.stop_run(row.run, STOP_WAIT_S))
+
+    async def runs(self, caller: Identity) -> Sequence[RunSummary]:
+        return [_summary(row) for row in await asyncio.to_thread(self._visible, caller)]
+
+    async def show(self, caller: Identity, run_id: str) -> RunDetail:
+        row = await self._find(caller, run_id)
+        return RunDetail(_summary(row), json.dumps(await asyncio.to_thread(self._detail, row)))
+
+    async def watch(self, caller: Identity, run_id: str, start: int) -> AsyncIterator[tuple[int, str]]:
+        row = await self._find(caller, run_id)
+        async for number, line in self._coordinator.event_log.watch(row.run, start):
+            yield number, line
+
+    async def model(self, caller: Identity, run_id: str) -> ModelFile:
+        row = await self._find(caller, run_id)
+        path = self._models / f"{row.run}.safetensors"
+        async with self._writing:
+            if not await asyncio.to_thread(path.exists):
+                await asyncio.to_thread(self._export, row, path)
+        return ModelFile(path, MODEL_FILE)
+
+    async def _find(self, caller: Identity, run_id: str) -> RunRow:
+        """The run of that id, or the only one whose id starts so."""
+        found = [r for r in await asyncio.to_thread(self._visible, caller) if run_id and r.run.startswith(run_id)]
+        if len(found) != 1:
+            many = f"{len(found)} runs begin so" if found else "no such run"
+            raise StateError(f"run {run_id!r}: {many}", hint="`fedlearn runs` lists them")
+        return found[0]
+
+    def _visible(self, caller: Identity) -> list[RunRow]:
+        rows = self._store.runs()
+        if caller.role is Role.OPERATOR:
+            return rows
+        mine = self._store.runs_of(caller.name)
+        return [row for row in rows if row.run in mine]
+
+    def _detail(self, row: RunRow) -> dict[str, Any]:
+        first = self._store.events(row.run, 0, limit=8)
+        started = next((e for _, line in first if isinstance(e := events.from_json(line)[0], events.RunStarted)), None)
+        return {
+            "study": row.study,
+            "overrides": list(row.overrides),
+            "submitter": row.submitter,
+            "reason": row.reason,
+            "ended_at": row.ended_at,
+            "stop_asked": row.stop_asked,
+            "metric": started.metric if started else None,
+            "clients": sorted(self._store.participants(row.run)),
+            "history": committed_rounds(RunJournal(self._store, row.run), row.run),
+        }
+
+    def _export(self, row: RunRow, path: Path) -> None:
+        data = self._store.load_model(row.run)
+        if data is None:
+            raise StateError(
+                f"run {row.run}: it is {row.status.value} and has no model",
+                hint="a model is there once the last round is committed",
+            )
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(data)
+        os.replace(partial, path)  # noqa: PTH105  # the atomic one, by its usual name
+
+
+def _summary(row: RunRow) -> RunSummary:
+    return RunSummary(row.run, row.name, row.status.value, row.round, row.rounds, row.submitted_at)
