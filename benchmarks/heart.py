@@ -183,7 +183,8 @@ def markdown(report: dict, verdict: dict, study: Study, n_seeds: int, seconds: f
         "",
         "Splits: t-interval over the seeds, these patients. Patients: bootstrap over patients of seed-averaged scores; the wider, and the one",
         "that speaks about patients not yet seen. Local models are not comparable across hospitals, so their AUC over all patients",
-        "also rewards knowing each hospital's share of ill patients.",
+        "also rewards knowing each hospital's share of ill patients. With a handful of healthy patients, as in Switzerland, an AUC is",
+        "the rank of those few, and a local model scores each of them without having seen its like: read it with its interval, or not at all.",
         "",
     ]
     lines += [f"- {claim}: **{'holds' if held else 'does not hold'}**" for claim, held in verdict.items()]

@@ -19,9 +19,13 @@ class TabularNet(nn.Module):
         features: width of the input.
         outputs: width of the output: 1 logit, one logit a class, or one value a target.
         hidden: widths of the hidden layers; none at all makes this a linear model.
+        centre: of the target, a public constant: the head's 0 means this value.
+        scale: of the target, a public constant: the head's 1 means this much more.
     """
 
-    def __init__(self, features: int, outputs: int, hidden: Sequence[int] = (16,)) -> None:
+    def __init__(
+        self, features: int, outputs: int, hidden: Sequence[int] = (16,), *, centre: float = 0.0, scale: float = 1.0
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         width = features
@@ -30,11 +34,12 @@ class TabularNet(nn.Module):
             width = size
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(width, outputs)
+        self.centre, self.scale = centre, scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs of shape (batch, outputs) from features of shape (batch, features)."""
-        logits: torch.Tensor = self.head(self.body(x))
-        return logits
+        out: torch.Tensor = self.head(self.body(x))
+        return out if (self.centre, self.scale) == (0.0, 1.0) else self.centre + self.scale * out
 
 
 class RareEventNet(TabularNet):

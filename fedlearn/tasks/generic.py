@@ -45,7 +45,7 @@ class TabularTask(Task):
         client: the column that names the client; empty when a file is one client's.
         kind: "classification" or "regression".
         classes: the label's values in the order of their ids (classification).
-        target_range: usual low and high of the label, mapped to -1 and 1 while training (regression).
+        target_range: usual low and high of the label (regression): the model's last layer works between -1 and 1 of it.
         hidden: widths of the hidden layers.
         path: where the table is, for a simulation; a site names its own.
     """
@@ -133,15 +133,8 @@ class TabularTask(Task):
 
     def prepare(self, train: Examples, test: Examples) -> ClientData:
         columns = [self._scaling(train.x[:, i], column) for i, column in enumerate(self.features)]
-        low, high = self.target_range
-
-        def batch(part: Examples) -> Batch:
-            y = part.y
-            if self.kind == "regression":
-                y = ((y - low) / (high - low) * 2 - 1).astype(np.float32)
-            return Batch(self._features(part.x, columns), y)
-
-        return ClientData(batch(train), batch(test))
+        parts = (Batch(self._features(part.x, columns), part.y) for part in (train, test))
+        return ClientData(*parts)
 
     def _scaling(self, values: FloatArray, column: str) -> tuple[float, float, float]:
         """What stands in for a missing value, and the centre and scale: from training rows and public ranges only."""
@@ -175,24 +168,27 @@ class TabularTask(Task):
     def model(self) -> torch.nn.Module:
         from fedlearn.models.tabular import TabularNet
 
-        return TabularNet(len(self.feature_names), max(1, len(self.classes)), self.hidden)
+        if self.kind == "classification":
+            return TabularNet(len(self.feature_names), len(self.classes), self.hidden)
+        low, high = self.target_range
+        return TabularNet(len(self.feature_names), 1, self.hidden, centre=(low + high) / 2, scale=(high - low) / 2)
 
     def loss(self, outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         from torch.nn.functional import cross_entropy
 
         if self.kind == "classification":
             return cross_entropy(outputs, y, reduction="none")
-        return (outputs[:, 0] - y) ** 2
+        low, high = self.target_range
+        return ((outputs[:, 0] - y) * (2 / (high - low))) ** 2
 
     def metrics(self, outputs: npt.NDArray[Any], y: npt.NDArray[Any]) -> dict[str, float]:
         if self.kind == "regression":
-            low, high = self.target_range
             if not len(y):
                 return {"r2": float("nan"), "mae": float("nan")}
             error = outputs[:, 0].astype(np.float64) - y
             spread = float(((y - y.mean()) ** 2).sum())
             r2 = 1 - float((error**2).sum()) / spread if spread > 0 else float("nan")
-            return {"r2": r2, "mae": float(np.abs(error).mean()) * (high - low) / 2}
+            return {"r2": r2, "mae": float(np.abs(error).mean())}
         predicted = outputs.argmax(axis=1)
         scores = {"accuracy": accuracy(predicted, y), "balanced_accuracy": balanced_accuracy(predicted, y)}
         if len(self.classes) == 2:

@@ -114,6 +114,10 @@ class HeartTask(Task):
         ),
     )
 
+    def __post_init__(self) -> None:
+        # Incomplete rows are dropped there, so a file's rows are not one to one with what is scored.
+        object.__setattr__(self, "keeps_rows", self.variant == "full")
+
     @property
     def raw_columns(self) -> tuple[str, ...]:
         """Columns of `Examples.x`, in order."""

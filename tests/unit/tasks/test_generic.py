@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fedlearn.data.partition import make_partition
 from fedlearn.errors import DataError, StudyError
-from fedlearn.learning.task import Population
+from fedlearn.learning.task import Population, build_model
 from fedlearn.tasks import load_task
 
 OPTIONS = {
@@ -73,9 +74,16 @@ def test_regression(tmp_path):
     assert task.card.metric == "r2"
     data = task.load(write(tmp_path, "age,dose\n1,2\n2,4\n3,6\n"))
     y = task.prepare(data, data).train.y
-    assert y == pytest.approx([-0.6, -0.2, 0.2])
+    assert y.tolist() == [2, 4, 6]
+    model = build_model(task, 0)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.fill_(-0.6)  # of the range 0 to 10
+        outputs = model(torch.zeros(3, 2))
+    assert outputs.tolist() == [[2.0]] * 3
+    assert task.loss(outputs, torch.from_numpy(y)).tolist() == pytest.approx([0, 0.4**2, 0.8**2])
     assert task.metrics(y[:, None], y) == pytest.approx({"r2": 1.0, "mae": 0.0})
-    assert task.metrics(y[:, None] + 0.2, y)["mae"] == pytest.approx(1.0)
+    assert task.metrics(y[:, None] + 1.0, y)["mae"] == pytest.approx(1.0)
     assert np.isnan(task.metrics(y[:1, None], y[:1])["r2"])
 
 

@@ -40,6 +40,8 @@ def test_counts_and_prevalence_by_hospital():
 def test_flamby_counts():
     _, rows = hospitals(HeartTask(variant="flamby"))
     assert [len(v) for v in rows.values()] == [303, 261, 46, 130]
+    assert HeartTask().keeps_rows
+    assert not HeartTask(variant="flamby").keeps_rows
 
 
 def test_prepared_features_are_finite_named_and_moderate():
