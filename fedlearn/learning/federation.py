@@ -253,7 +253,9 @@ class Federation:
         clients = pick_cohort(
             self._backend.clients(), self._study.evaluate.clients, self._study.seed, "evaluate", number
         )
-        work = self._work(AttemptId(number, 1), clients, broadcast_digest(self._state))
+        # Under the name of the attempt that made this model: a site refuses an attempt earlier than one it has seen.
+        at = self._machine.committed or AttemptId(number, 1)
+        work = self._work(at, clients, broadcast_digest(self._state))
         scored = sorted(
             (reply for reply in self._backend.evaluate(work) if isinstance(reply, Scored)), key=lambda s: s.client
         )

@@ -162,6 +162,11 @@ class RoundMachine(Generic[P, A]):
             raise LocalProtocolError(f"run {self._run}: no total in state {self._state.value}")
         return self._sum
 
+    @property
+    def committed(self) -> AttemptId | None:
+        """The last attempt that was committed, or None. What comes after the round (an evaluation) goes under its name."""
+        return max(self._log.bases.values(), default=None)
+
     def base_of(self, client: str) -> AttemptId | None:
         """The last attempt that was committed with this client in it: the `base` of the next request to it."""
         return self._log.bases.get(client)

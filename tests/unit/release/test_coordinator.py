@@ -129,7 +129,9 @@ class TestOneRound:
         assert (run.machine.waiting, run.machine.received) == ({"c"}, {"a", "b"})
         assert run.machine.close() is RoundState.SUMMED
         assert (run.machine.total.value, run.machine.survivors, run.machine.waiting) == (3, ("a", "b"), set())
+        assert run.machine.committed is None
         run.machine.commit(b"record", {"mine": b"too"})
+        assert run.machine.committed == run.restart().committed == FIRST
         for machine in (run.machine, run.restart()):
             assert (machine.state, machine.next_step) == (RoundState.COMMITTED, Begin(AttemptId(2, 1)))
             assert [machine.base_of(client) for client in ROSTER] == [FIRST, FIRST, None]
