@@ -40,8 +40,12 @@ class Site:
 class LinkNet:
     """A server with its clients connected."""
 
-    def __init__(self, server: LinkServer, loop: asyncio.AbstractEventLoop) -> None:
-        self.server, self._loop = server, loop
+    def __init__(self, server: LinkServer, authority: Path) -> None:
+        self.server, self._authority = server, authority
+
+    def issue(self, name: str) -> Path:
+        """A client's bundle from this net's authority, for a process of its own."""
+        return issue(self._authority, name, Role.CLIENT, self._authority.parent / "tls" / name)
 
     def grid(self, run_id: int) -> LinkGrid:
         return self.server.grid(run_id)
@@ -52,8 +56,11 @@ class LinkNet:
 
 
 @contextlib.contextmanager
-def link_net(folder: Path, names: Sequence[str], app: App) -> Iterator[LinkNet]:
-    """All clients of `names`, connected to a server on a free port of loopback; everything is stopped in the end."""
+def link_net(folder: Path, names: Sequence[str] = (), app: App | None = None) -> Iterator[LinkNet]:
+    """All clients of `names`, connected to a server on a free port of loopback; everything is stopped in the end.
+
+    Without names there is only the server: its clients are processes that the test starts.
+    """
     authority = create_authority(folder / "ca")
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -71,6 +78,7 @@ def link_net(folder: Path, names: Sequence[str], app: App) -> Iterator[LinkNet]:
 
         async def dial() -> None:
             for name in names:
+                assert app is not None
                 bundle = TlsBundle.load(issue(authority, name, Role.CLIENT, folder / name))
                 client = LinkClient(address, bundle, Site(name, app, {"client-id": name}).handle)
                 tasks.append(asyncio.create_task(client.run()))
@@ -78,7 +86,7 @@ def link_net(folder: Path, names: Sequence[str], app: App) -> Iterator[LinkNet]:
         on_loop(dial())
         connected = server.grid(0).wait_nodes(len(names), 30)
         assert len(connected) == len(names), f"only {len(connected)} of {len(names)} clients connected"
-        yield LinkNet(server, loop)
+        yield LinkNet(server, authority)
     finally:
 
         async def stop() -> None:
