@@ -8,6 +8,7 @@ Each name is imported when it is first used, because gRPC and Flower are slow to
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ _HOMES = {
     "ignore": "events",
     "issue": "tls",
 }
+
+# gRPC's core writes each refused handshake to stderr on its own; what matters comes as events and errors.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 __all__ = [
     "ControlClient",

@@ -15,7 +15,8 @@ from flwr.app import Message
 from fedlearn.clock import Clock, SystemClock
 from fedlearn.errors import FedlearnError, LimitExceededError, LinkError, ProtocolError, TlsError
 from fedlearn.link import events, flower, wire
-from fedlearn.link.framing import INCARNATION_BYTES, FaultCode, Start, Welcome
+from fedlearn.link.faults import VersionError
+from fedlearn.link.frames import INCARNATION_BYTES, FaultCode, Start, Welcome
 from fedlearn.link.limits import LinkLimits
 from fedlearn.link.mailbox import Mailbox
 from fedlearn.link.pump import Pump
@@ -30,7 +31,6 @@ from fedlearn.link.states import (
     Refused,
     Resumed,
     Side,
-    VersionError,
 )
 from fedlearn.link.transfer import Outgoing, Payload
 
@@ -169,6 +169,8 @@ class LinkClient:
         if self._fatal is not None or not call.done():
             return str(error)
         code, details = await call.code(), await call.details()
+        if code is grpc.StatusCode.CANCELLED:
+            return str(error)
         if code is grpc.StatusCode.PERMISSION_DENIED:
             raise TlsError(f"{self.address}: the server refuses this end: {details}") from None
         if code is grpc.StatusCode.UNAVAILABLE and self._opened_at is None:

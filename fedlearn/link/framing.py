@@ -1,4 +1,4 @@
-"""Frames as values, and as the bytes that protos/link.proto describes. Every field is checked here, before it is used.
+"""Frames to and from the bytes that protos/link.proto describes. Every field is checked here, before it is used.
 
 Chunks carry nearly all bytes, so they are written and read by hand in exactly protobuf's wire format: protobuf's own
 classes would copy the data twice on each side. Any other valid encoding of a chunk is read by protobuf.
@@ -8,139 +8,32 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
 from fedlearn.errors import LimitExceededError, RemoteProtocolError
+from fedlearn.link.faults import MessageLimitError
+from fedlearn.link.frames import (
+    INCARNATION_BYTES,
+    Ack,
+    Cancel,
+    Chunk,
+    End,
+    Fault,
+    FaultCode,
+    Frame,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Resume,
+    Retry,
+    Start,
+    Welcome,
+)
 from fedlearn.link.limits import LinkLimits
 from fedlearn.proto import link_pb2 as pb
-
-VERSION: Final = 1
-"""The protocol version that this code speaks."""
-
-INCARNATION_BYTES: Final = 16
-
-
-@dataclass(frozen=True)
-class Resume:
-    """An offer to go on with an unfinished message after `received_bytes` bytes."""
-
-    message_id: str
-    payload_id: int
-    received_bytes: int
-
-
-@dataclass(frozen=True)
-class Hello:
-    """First frame of the end that dialled."""
-
-    version_min: int
-    version_max: int
-    incarnation: bytes
-    facts: Mapping[str, str] = field(default_factory=dict)
-    resumes: Sequence[Resume] = ()
-
-
-@dataclass(frozen=True)
-class Welcome:
-    """First frame of the end that was dialled."""
-
-    version: int
-    incarnation: bytes
-    node_id: int
-    resumes: Sequence[Resume] = ()
-    wanted: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """The sender lives, and sends again within so many seconds."""
-
-    next_within_s: float
-
-
-@dataclass(frozen=True)
-class Start:
-    """A message begins."""
-
-    message_id: str
-    reply_to: str
-    payload_id: int
-    metadata: bytes = field(repr=False)
-    buffer_bytes: Sequence[int] = field(repr=False)
-    ttl_s: float
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Part of a payload; `data` may be a view into the received frame."""
-
-    payload_id: int
-    offset: int
-    checksum: int
-    data: bytes | memoryview = field(repr=False)
-
-
-@dataclass(frozen=True)
-class End:
-    """No more chunks of this payload."""
-
-    payload_id: int
-
-
-@dataclass(frozen=True)
-class Ack:
-    """The message is here, or is not wanted."""
-
-    message_id: str
-
-
-@dataclass(frozen=True)
-class Retry:
-    """Send this payload again from `offset`."""
-
-    payload_id: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """Nobody waits for this message or its answer."""
-
-    message_id: str
-
-
-@dataclass(frozen=True)
-class Goodbye:
-    """The sender closes in order."""
-
-    reason: str = ""
-
-
-class FaultCode(Enum):
-    """Why an end closed on the other."""
-
-    UNSPECIFIED = 0
-    PROTOCOL = 1
-    LIMIT = 2
-    VERSION = 3
-
-
-@dataclass(frozen=True)
-class Fault:
-    """The other end broke the protocol; `message_id` names the message that did, if one did."""
-
-    code: FaultCode
-    reason: str
-    message_id: str = ""
-
-
-Frame = Hello | Welcome | Heartbeat | Start | Chunk | End | Ack | Retry | Cancel | Goodbye | Fault
 
 # One Frame whose field 5 is a Chunk: outer tag and length, three fixed64 fields, then the tag and length of data.
 _CHUNK_TAG: Final = 0x2A
@@ -289,21 +182,19 @@ def _heartbeat(proto: Any, limits: LinkLimits) -> Heartbeat:
 
 
 def _start(proto: Any, limits: LinkLimits) -> Start:
-    _count(len(proto.metadata), limits.metadata_bytes, "bytes of metadata", "metadata_bytes")
-    _count(len(proto.buffer_bytes), limits.message_buffers, "buffers of a message", "message_buffers")
+    message_id = _id(proto.message_id, "start", limits)
     sizes = tuple(proto.buffer_bytes)
-    _count(sum(sizes), limits.message_bytes, "bytes of a message", "message_bytes")
+    try:
+        _count(len(proto.metadata), limits.metadata_bytes, "bytes of metadata", "metadata_bytes")
+        _count(len(sizes), limits.message_buffers, "buffers of a message", "message_buffers")
+        _count(sum(sizes), limits.message_bytes, "bytes of a message", "message_bytes")
+    except LimitExceededError as error:
+        raise MessageLimitError(error.message, message_id) from None
     if proto.offset > sum(sizes):
         raise RemoteProtocolError(f"start: got offset {proto.offset} of {sum(sizes)} bytes")
-    return Start(
-        _id(proto.message_id, "start", limits),
-        _id(proto.reply_to, "start", limits, empty=True),
-        proto.payload_id,
-        proto.metadata,
-        sizes,
-        _seconds(proto.ttl_s, "ttl"),
-        proto.offset,
-    )
+    reply_to = _id(proto.reply_to, "start", limits, empty=True)
+    ttl_s = _seconds(proto.ttl_s, "ttl")
+    return Start(message_id, reply_to, proto.payload_id, proto.metadata, sizes, ttl_s, proto.offset)
 
 
 def _fault(proto: Any, limits: LinkLimits) -> Fault:

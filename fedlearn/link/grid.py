@@ -121,7 +121,12 @@ class LinkGrid(Grid):
         ids = [item.origin.metadata.message_id for item in items]
         with self._changed:
             self._waiting.update(ids)
-        self._exchange.dispatch(self, items)
+        try:
+            self._exchange.dispatch(self, items)
+        except LinkError:
+            with self._changed:
+                self._waiting.difference_update(ids)
+            raise
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:

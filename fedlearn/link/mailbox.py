@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedlearn.errors import LimitExceededError
-from fedlearn.link.framing import Resume, Start
+from fedlearn.link.frames import Resume, Start
 from fedlearn.link.limits import LinkLimits
 from fedlearn.link.transfer import Incoming, Outgoing
 
@@ -62,13 +62,11 @@ class Mailbox:
             if message.start.reply_to == message_id:
                 del self.incoming[payload_id]
 
-    def drop_incoming(self, message_id: str) -> int | None:
-        """Forget an unfinished incoming message; its payload id if there was one."""
-        for payload_id, message in self.incoming.items():
+    def drop_incoming(self, message_id: str) -> None:
+        """Forget an unfinished incoming message, if there is one."""
+        for payload_id, message in list(self.incoming.items()):
             if message.start.message_id == message_id:
                 del self.incoming[payload_id]
-                return payload_id
-        return None
 
     def met(self, incarnation: bytes) -> bool:
         """Note the peer's process. True when it is the one that was met before; else what it held is gone."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from fedlearn.errors import LinkError, ProtocolError
+from fedlearn.link.states import Side
 
 if TYPE_CHECKING:
     from fedlearn.clock import Clock
@@ -64,10 +66,8 @@ class Pump:
         ]
         try:
             done, _ = await asyncio.wait([writer, *others], return_when=asyncio.FIRST_COMPLETED)
-            if writer not in done and not self._detached.is_set() and not any(_is_broken(task) for task in done):
-                # Let the last word go out: a goodbye, or a fault that says what was wrong.
-                self.wake()
-                await asyncio.wait([writer], timeout=self.session.limits.stop_s)
+            if not self._detached.is_set() and not any(_is_broken(task) for task in done):
+                await self._part(writer, others[0])
             for task in (*others, writer):
                 if task.done() and not task.cancelled() and task.exception() is not None:
                     raise task.exception() or AssertionError
@@ -76,6 +76,17 @@ class Pump:
             for task in (writer, *others):
                 task.cancel()
             await asyncio.gather(writer, *others, return_exceptions=True)
+
+    async def _part(self, writer: asyncio.Task[Any], reader: asyncio.Task[Any]) -> None:
+        """Let the last word go out, a goodbye or a fault, and the other end hear it before the stream is torn down."""
+        self.wake()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.session.limits.stop_s):
+                await asyncio.wait([writer])
+                if self.session.side is Side.INITIATOR:
+                    await asyncio.wait([reader])
+                    while not self.session.peer_closed and isinstance(await self._read(), bytes):
+                        pass
 
     async def _send(self) -> str:
         session = self.session
@@ -113,8 +124,9 @@ class Pump:
     async def _keep_time(self) -> None:
         session = self.session
         while True:
-            now = self._clock.monotonic()
-            await asyncio.sleep(max(0.0, session.deadline() - now))
+            left_s = session.deadline() - self._clock.monotonic()
+            # The handshake's deadline is far and the first heartbeat near, so never sleep longer than one heartbeat.
+            await asyncio.sleep(min(max(0.0, left_s), session.limits.heartbeat_s))
             session.tick(self._clock.monotonic())
             self._wake.set()
 

@@ -15,7 +15,7 @@ import grpc.aio
 from fedlearn.clock import Clock, SystemClock
 from fedlearn.errors import LimitExceededError, LinkError, RemoteProtocolError, TlsError
 from fedlearn.link import events, flower, wire
-from fedlearn.link.framing import INCARNATION_BYTES, Start
+from fedlearn.link.frames import INCARNATION_BYTES, Start
 from fedlearn.link.grid import Item, LinkGrid
 from fedlearn.link.limits import LinkLimits
 from fedlearn.link.mailbox import Mailbox, check_outgoing
@@ -216,8 +216,9 @@ class LinkServer:
     def _dispatch(self, grid: LinkGrid, item: Item) -> None:
         message_id = item.origin.metadata.message_id
         peer = self._peers.get(item.node_id)
-        if peer is None:
-            reason = f"no client with node id {item.node_id} has connected"
+        if peer is None or (peer.pump is None and peer.gone is None):
+            known = f"no client with node id {item.node_id} has connected"
+            reason = known if peer is None else f"client {peer.client_id} is away"
             grid.answer(message_id, flower.error_reply(item.origin, flower.ERROR_UNREACHABLE, reason))
             return
         ttl_s = max(0.0, item.origin.metadata.ttl)
@@ -378,6 +379,7 @@ class LinkServer:
         self._tell_grids()
 
     def _gone(self, peer: _Peer) -> None:
+        peer.gone = None
         for message_id in list(peer.unanswered):
             self._fail(message_id, f"away for more than {self.limits.reconnect_s:g} s", flower.ERROR_UNREACHABLE)
 

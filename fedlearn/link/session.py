@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from fedlearn.errors import LimitExceededError, LinkError, LocalProtocolError, ProtocolError, RemoteProtocolError
 from fedlearn.link import framing
-from fedlearn.link.framing import (
+from fedlearn.link.faults import MessageError, MessageLimitError, VersionError
+from fedlearn.link.frames import (
     VERSION,
     Ack,
     Cancel,
@@ -39,14 +40,12 @@ from fedlearn.link.states import (
     Closed,
     Damaged,
     Event,
-    MessageError,
     Opened,
     Received,
     Refused,
     Resumed,
     Side,
     State,
-    VersionError,
 )
 from fedlearn.link.transfer import Incoming, Outgoing
 
@@ -95,6 +94,8 @@ class Session:
         self._sendings: dict[int, _Sending] = {}
         self._active: set[int] = set()
         self._declined: set[int] = set()
+        # Payloads that were asked for again: whether one more End comes for them depends on what crossed our Retry.
+        self._retried: set[int] = set()
         self._offers: dict[tuple[str, int], int] = {}
         self._last_sent = now
         self._peer_deadline = now + self.limits.handshake_s
@@ -135,6 +136,7 @@ class Session:
         if known is None or not self.is_open:
             return
         sending = self._sendings.pop(known.payload.payload_id, None)
+        # Not among the sendings any more: the peer has all of it.
         if sending is None or sending.started:
             self._put(Cancel(message_id))
         self._abandon(sending)
@@ -154,7 +156,7 @@ class Session:
         """Close because the peer broke the protocol; it is told why."""
         if self.states[self.side] is State.CLOSED:
             return
-        limit = isinstance(error, LimitExceededError) or (isinstance(error, MessageError) and error.limit)
+        limit = isinstance(error, LimitExceededError)
         code = (
             FaultCode.VERSION if isinstance(error, VersionError) else FaultCode.LIMIT if limit else FaultCode.PROTOCOL
         )
@@ -178,6 +180,12 @@ class Session:
             payload = sending.message.payload
             if sending.ended or self._sendings.get(payload.payload_id) is not sending:
                 self._queue.popleft()
+            elif sending.message.message_id not in self.mailbox.outgoing:
+                # Settled meanwhile: the mailbox decides, whoever changed it.
+                del self._sendings[payload.payload_id]
+                self._abandon(sending)
+                if self._control:
+                    return framing.pack(self._control.popleft())
             elif not sending.started:
                 sending.started = True
                 return framing.pack(self._start(sending, now))
@@ -287,7 +295,7 @@ class Session:
         try:
             message = self.mailbox.admit(start)
         except LimitExceededError as error:
-            raise MessageError(error.message, start.message_id, limit=True) from None
+            raise MessageLimitError(error.message, start.message_id) from None
         self._active.add(start.payload_id)
         return [Resumed(start.message_id, start.offset, message.size_bytes)] if start.offset else []
 
@@ -301,14 +309,14 @@ class Session:
         if start.offset and (held is None or start.offset != held.received_bytes):
             have = 0 if held is None else held.received_bytes
             raise RemoteProtocolError(f"start: got offset {start.offset}, expected 0 or the {have} bytes held here")
-        for payload_id in self._active:
-            if self.mailbox.incoming[payload_id].start.message_id == start.message_id:
+        for payload_id, other in self.mailbox.incoming.items():
+            if payload_id in self._active and other.start.message_id == start.message_id:
                 raise RemoteProtocolError(f"start: message {start.message_id} is on its way already")
 
     def _on_chunk(self, chunk: Chunk) -> list[Event]:
-        if chunk.payload_id in self._declined:
-            return []
         message = self._incoming(chunk.payload_id)
+        if message is None:
+            return []
         if message.rewinding:
             # Sent before the peer saw our Retry; what we wait for begins where the damaged chunk did.
             if chunk.offset > message.received_bytes:
@@ -324,17 +332,22 @@ class Session:
                 f"checksum: message {message_id} came damaged {message.failures} times at offset {chunk.offset},"
                 f" limit checksum_retries is {self.limits.checksum_retries}",
                 message_id,
-                limit=False,
             )
         message.rewinding = True
+        self._retried.add(chunk.payload_id)
+        if len(self._retried) > self.limits.incoming_messages:
+            raise LimitExceededError(
+                f"checksum: {len(self._retried)} messages came damaged, limit incoming_messages is"
+                f" {self.limits.incoming_messages}"
+            )
         self._put(Retry(chunk.payload_id, message.received_bytes))
         return [Damaged(message_id, message.received_bytes, message.failures)]
 
     def _on_end(self, end: End) -> list[Event]:
-        if end.payload_id in self._declined:
-            self._declined.remove(end.payload_id)
-            return []
         message = self._incoming(end.payload_id)
+        if message is None:
+            self._declined.discard(end.payload_id)
+            return []
         if message.rewinding:
             return []
         start = message.start
@@ -342,7 +355,6 @@ class Session:
             raise MessageError(
                 f"end: message {start.message_id} ended after {message.received_bytes} of {message.size_bytes} bytes",
                 start.message_id,
-                limit=False,
             )
         self._active.remove(end.payload_id)
         del self.mailbox.incoming[end.payload_id]
@@ -350,10 +362,13 @@ class Session:
         return [Received(start.message_id, start.reply_to, start.metadata, message.buffers(), message.ttl_s)]
 
     def _on_ack(self, ack: Ack) -> list[Event]:
+        for payload_id, sending in self._sendings.items():
+            if sending.message.message_id == ack.message_id:
+                self._abandon(self._sendings.pop(payload_id))
+                break
         message = self.mailbox.outgoing.get(ack.message_id)
         if message is None:
             return []
-        self._abandon(self._sendings.pop(message.payload.payload_id, None))
         if message.reply_to:
             self.mailbox.settle(message.message_id)
         else:
@@ -383,18 +398,22 @@ class Session:
         return []
 
     def _on_cancel(self, cancel: Cancel) -> list[Event]:
-        payload_id = self.mailbox.drop_incoming(cancel.message_id)
-        if payload_id is not None and payload_id in self._active:
-            self._active.remove(payload_id)
-            self._declined.add(payload_id)
+        self.mailbox.drop_incoming(cancel.message_id)
         return [Cancelled(cancel.message_id)]
 
     # Helpers.
 
-    def _incoming(self, payload_id: int) -> Incoming:
-        if payload_id not in self._active or payload_id not in self.mailbox.incoming:
+    def _incoming(self, payload_id: int) -> Incoming | None:
+        """The message that a payload belongs to; None for one that was announced and is not wanted (any more)."""
+        message = self.mailbox.incoming.get(payload_id)
+        if payload_id in self._active:
+            if message is not None:
+                return message
+            self._active.remove(payload_id)
+            self._declined.add(payload_id)
+        if payload_id not in self._declined and payload_id not in self._retried:
             raise RemoteProtocolError(f"payload {payload_id:x} was not announced")
-        return self.mailbox.incoming[payload_id]
+        return None
 
     def _abandon(self, sending: _Sending | None) -> None:
         """A message that the peer no longer needs: if its chunks are under way, say that no more will come."""

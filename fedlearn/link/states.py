@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from fedlearn.errors import RemoteProtocolError
-from fedlearn.link.framing import (
+from fedlearn.link.frames import (
     Ack,
     Cancel,
     Chunk,
@@ -127,16 +126,3 @@ class Closed:
 
 
 Event = Opened | Received | Cancelled | Resumed | Damaged | Refused | Closed
-
-
-class MessageError(RemoteProtocolError):
-    """A `RemoteProtocolError` that one message caused; `message_id` names it."""
-
-    def __init__(self, message: str, message_id: str, *, limit: bool) -> None:
-        super().__init__(message)
-        self.message_id = message_id
-        self.limit = limit
-
-
-class VersionError(RemoteProtocolError):
-    """The two ends speak different versions of the protocol."""

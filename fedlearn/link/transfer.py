@@ -14,7 +14,8 @@ from typing import Final
 import xxhash
 
 from fedlearn.errors import RemoteProtocolError
-from fedlearn.link.framing import Chunk, Start, pack_chunk
+from fedlearn.link.frames import Chunk, Start
+from fedlearn.link.framing import pack_chunk
 from fedlearn.link.limits import MIB
 
 _CACHED_FRAME_BYTES: Final = 32 * MIB

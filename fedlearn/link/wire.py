@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from fedlearn.errors import AddressInUseError, LinkError, TlsError
-from fedlearn.link.tls import CA_FILE, CERT_FILE, KEY_FILE, Identity, Role
+from fedlearn.link.tls import CERT_FILE, KEY_FILE, Identity, Role, TlsBundle
 
 if TYPE_CHECKING:
     from fedlearn.link.limits import LinkLimits
-    from fedlearn.link.tls import TlsBundle
 
 LINK_SERVICE: Final = "fedlearn.link.v1.Link"
 CONTROL_SERVICE: Final = "fedlearn.control.v1.Control"
@@ -20,6 +21,8 @@ CONNECT: Final = f"/{LINK_SERVICE}/Connect"
 
 _NEVER_MS: Final = 2**31 - 1
 _PROBE_S: Final = 5.0
+_PROBES: Final = 3
+_PROBE_PAUSE_S: Final = 0.2
 
 
 def channel_options(limits: LinkLimits) -> list[tuple[str, Any]]:
@@ -89,8 +92,6 @@ def check_bindable(address: str) -> None:
             probe.bind((host, port))
             probe.listen(1)
     except OSError as error:
-        import errno
-
         if error.errno == errno.EADDRINUSE:
             raise AddressInUseError(
                 f"{address} is in use", hint="stop the program that listens there, or choose another port (0: any)"
@@ -106,10 +107,22 @@ def probe(address: str, tls: TlsBundle) -> None:
     Raises:
         TlsError: one side refuses the other's certificate, or it is not a server's.
     """
+    # A server that refuses a certificate may just hang up, as one that is stopping does; only the first does it again.
+    for attempt in range(_PROBES):
+        if attempt:
+            time.sleep(_PROBE_PAUSE_S)
+        if not _hangs_up(address, tls):
+            return
+    TlsBundle.load(tls.directory)
+    raise _refusal(address, "it hangs up once it has seen it")
+
+
+def _hangs_up(address: str, tls: TlsBundle) -> bool:
+    """True when the server ends a complete handshake without a word."""
     host, port = split_address(address)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_verify_locations(tls.directory / CA_FILE)
+    context.load_verify_locations(cadata=tls.ca_pem.decode())
     context.load_cert_chain(tls.directory / CERT_FILE, tls.directory / KEY_FILE)
     context.set_alpn_protocols(["h2"])
     try:
@@ -117,9 +130,9 @@ def probe(address: str, tls: TlsBundle) -> None:
             socket.create_connection((host, port), timeout=_PROBE_S) as raw,
             context.wrap_socket(raw, server_hostname=host) as secured,
         ):
-            # With TLS 1.3 the server's verdict on our certificate comes after the handshake; its settings, if it likes us.
-            secured.recv(1)
             certificate: dict[str, Any] = secured.getpeercert() or {}
+            # With TLS 1.3 the server's verdict on our certificate comes after the handshake; its settings, if it likes us.
+            greeting = secured.recv(1)
     except ssl.SSLCertVerificationError as error:
         raise TlsError(
             f"{address}: the server's certificate is refused: {error.verify_message}",
@@ -127,13 +140,18 @@ def probe(address: str, tls: TlsBundle) -> None:
         ) from None
     except ssl.SSLError as error:
         if error.reason is not None and ("ALERT" in error.reason or "CERTIFICATE" in error.reason):
-            raise TlsError(
-                f"{address}: the server refuses this end's certificate: {error.reason.lower().replace('_', ' ')}",
-                hint="it must be signed by the server's authority and be valid now; ask for a new one",
-            ) from None
-        return
+            raise _refusal(address, error.reason.lower().replace("_", " ")) from None
+        return False
     except OSError:
-        return
+        return False
     uris = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
     if uris and Identity.from_uris(uris).role is not Role.SERVER:
         raise TlsError(f"{address}: got a certificate for {uris[0]}, expected a server's")
+    return not greeting
+
+
+def _refusal(address: str, why: str) -> TlsError:
+    return TlsError(
+        f"{address}: the server refuses this end's certificate: {why}",
+        hint="it must be signed by the server's authority and be valid now; ask for a new one",
+    )
