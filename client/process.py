@@ -47,7 +47,7 @@ PASSED_ON: Final = (
     "VIRTUAL_ENV",
     "XDG_CACHE_HOME",
 )
-"""All of the agent's environment that a worker sees."""
+"""All of the agent's environment that a worker sees, unless `FEDLEARN_WORKER_ENV` names more, separated by commas."""
 
 _BOOT: Final = (
     "import sys; sys.path.insert(0, sys.argv[1]); import os; from client.worker import main;"
@@ -193,7 +193,8 @@ class WorkerProcess:
 
 def environment() -> dict[str, str]:
     """A worker's environment."""
-    kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    more = [name.strip() for name in os.environ.get("FEDLEARN_WORKER_ENV", "").split(",")]
+    kept = {name: os.environ[name] for name in (*PASSED_ON, *more) if name in os.environ}
     return kept | {"PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1", "FLWR_TELEMETRY_ENABLED": "0"}
 
 

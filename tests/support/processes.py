@@ -105,7 +105,8 @@ class Family:
     def __init__(self, cwd: Path, env: Mapping[str, str]) -> None:
         self._cwd = cwd
         self._mark = uuid.uuid4().hex
-        self._env = {**env, MARK: self._mark}
+        # A worker sees little of its agent's environment; it must carry the mark, or an orphan would go unseen.
+        self._env = {**env, MARK: self._mark, "FEDLEARN_WORKER_ENV": MARK}
         self._members: list[Logged] = []
 
     def start(self, *command: str, cwd: Path | None = None, **env: str) -> Logged:
