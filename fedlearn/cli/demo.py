@@ -230,9 +230,7 @@ def _print(folder: Path, comparison: Comparison) -> None:
     print(
         "  possible here only because this data is public. The same model, optimiser and passes over the data for all."
     )
-    print(
-        "  One split of few patients says little (see how few are healthy in Switzerland): benchmarks/heart.py"
-    )
+    print("  One split of few patients says little (see how few are healthy in Switzerland): benchmarks/heart.py")
     print("  repeats it over 10 seeds, with intervals.")
     print(
         f"\nthe simulation's final weights {'are' if comparison.identical else 'ARE NOT'} the federation's, byte for byte\n"
