@@ -22,12 +22,17 @@ PRELOAD: Final = ("torch", "fedlearn.learning.local")
 """What a worker of fedlearn's own app imports before the first message, so that the first round is as quick as the rest."""
 
 
+LATE_S: Final = 5.0
+"""A worker that still works on what nobody waits for any more gets so long before it is replaced: about what a new one takes to start."""
+
+
 @dataclass
 class _Post:
-    """One run's place: its process, and the lock that keeps calls from overlapping."""
+    """One run's place: its process, one that is being started, and the lock that keeps calls from overlapping."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     worker: WorkerProcess | None = None
+    starting: asyncio.Task[WorkerProcess] | None = None
 
 
 class Crew:
@@ -63,29 +68,39 @@ class Crew:
         post = self._posts.setdefault(run, _Post())
         self._posts.move_to_end(run)
         async with post.lock:
-            if post.worker is None or not post.worker.alive:
-                await self._make_room()
-                post.worker = await self._take_spare() or await self._start()
+            if post.worker is not None and not await post.worker.free(LATE_S):
+                post.worker = None
+            if post.worker is None:
+                post.worker = await self._started(post)
             return await post.worker.call(frame)
 
     async def close(self) -> None:
         """End every process."""
-        if self._spare is not None:
-            self._spare.cancel()
-            await asyncio.gather(self._spare, return_exceptions=True)
-            if not self._spare.cancelled() and self._spare.exception() is None:
-                await self._spare.result().stop(grace_s=0.0)
-        for post in self._posts.values():
-            if post.worker is not None:
-                await post.worker.stop(grace_s=0.0)
+        starting = [task for task in (self._spare, *(p.starting for p in self._posts.values())) if task is not None]
+        for task in starting:
+            task.cancel()
+        started = await asyncio.gather(*starting, return_exceptions=True)
+        workers = [w for w in (*started, *(p.worker for p in self._posts.values())) if isinstance(w, WorkerProcess)]
+        for worker in workers:
+            await worker.stop(grace_s=0.0)
+        self._spare = None
         self._posts.clear()
 
-    async def _take_spare(self) -> WorkerProcess | None:
-        spare, self._spare = self._spare, None
-        if spare is None:
-            return None
-        worker = await spare
-        return worker if worker.alive else None
+    async def _started(self, post: _Post) -> WorkerProcess:
+        """The process of a run that has none. A call that is cancelled meanwhile leaves it to the next one."""
+        while True:
+            if post.starting is None:
+                await self._make_room()
+                spare, self._spare = self._spare, None
+                post.starting = spare if spare is not None else asyncio.create_task(self._start())
+            try:
+                worker = await asyncio.shield(post.starting)
+            finally:
+                if post.starting.done():
+                    post.starting = None
+            if worker.alive:
+                return worker
+            await worker.stop(grace_s=0.0)  # a spare that died while it waited
 
     async def _make_room(self) -> None:
         """Retire the idle worker that was called longest ago when there are as many as may be kept."""

@@ -58,7 +58,8 @@ _BOOT: Final = (
 class WorkerProcess:
     """A worker; calls do not overlap. Made by `start`.
 
-    A call that is cancelled kills the process: a computation cannot be interrupted in any other way.
+    A computation cannot be interrupted but by killing the process. A call that is cancelled leaves it going, and `free`
+    decides before the next call: a new process takes seconds to load its libraries, so one that is nearly done is kept.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, sock: socket.socket, name: str) -> None:
@@ -66,6 +67,7 @@ class WorkerProcess:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"channel-{name}")
         self._tail: deque[str] = deque(maxlen=20)
         self._lines = 0
+        self._late: asyncio.Future[Frame] | None = None
         self._readers = [
             asyncio.create_task(self._read(stream, level))
             for stream, level in ((process.stdout, logging.INFO), (process.stderr, logging.WARNING))
@@ -105,7 +107,11 @@ class WorkerProcess:
             async with asyncio.timeout(START_S):
                 ready = await worker.call(init)
         except TimeoutError:
+            await worker.stop(grace_s=0.0)
             raise WorkerCrashedError(f"worker {name}: did not load its app within {START_S:.0f} s") from None
+        except BaseException:
+            await worker.stop(grace_s=0.0)
+            raise
         worker.sandbox = ready.header["sandbox"]
         return worker
 
@@ -119,6 +125,19 @@ class WorkerProcess:
         """The process id, which is also its process group's."""
         return self._process.pid
 
+    async def free(self, timeout_s: float) -> bool:
+        """True when the process can take a call; one that still works on a cancelled call after `timeout_s` seconds is ended."""
+        late, self._late = self._late, None
+        if late is not None:
+            try:
+                done, _ = await asyncio.wait({late}, timeout=timeout_s)
+            except asyncio.CancelledError:
+                self._late = late
+                raise
+            if not done or late.exception() is not None:
+                await self.stop(grace_s=0.0)
+        return self.alive
+
     async def call(self, frame: Frame) -> Frame:
         """Send a frame and wait for the answer.
 
@@ -127,13 +146,16 @@ class WorkerProcess:
             FedlearnError: the app raised; the worker lives.
         """
         self._lines = 0
+        answer = asyncio.get_running_loop().run_in_executor(self._thread, self._exchange, frame)
         try:
-            reply = await asyncio.get_running_loop().run_in_executor(self._thread, self._exchange, frame)
+            reply = await asyncio.shield(answer)
         except (OSError, errors.ProtocolError) as error:
             await self.stop(grace_s=STOP_S)
             raise WorkerCrashedError(self._obituary(error)) from None
-        except BaseException:
-            await self.stop(grace_s=0.0)
+        except asyncio.CancelledError:
+            self._late = answer
+            # Nobody may ask for it again; asyncio would complain of an exception that was never looked at.
+            answer.add_done_callback(lambda late: late.cancelled() or late.exception())
             raise
         if reply.kind is Kind.RAISED:
             raise raised(reply.header)
