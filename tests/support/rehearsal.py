@@ -112,12 +112,19 @@ class Rehearsal:
         def emit(event: events.Event) -> None:
             if len(run.lines) == self._hold_after:
                 self._free.wait(60)
-            asyncio.run_coroutine_threadsafe(self._add(run, event), loop).result()
+            if isinstance(event, events.RunFinished):
+                # As at a coordinator: whoever hears that the run has ended can fetch its model.
+                last.append(event)
+            else:
+                asyncio.run_coroutine_threadsafe(self._add(run, event), loop).result()
 
+        last: list[events.Event] = []
         result = simulate(study, emit=emit)
         run.model = self._folder / f"{run.summary.run_id}.safetensors"
         run.model.write_bytes(arrays.to_bytes(result.weights))
         run.history = list(result.outcome.history)
+        for event in last:
+            asyncio.run_coroutine_threadsafe(self._add(run, event), loop).result()
 
     async def _add(self, run: Run, event: events.Event) -> None:
         async with self._changed:
