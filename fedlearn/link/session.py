@@ -1,16 +1,14 @@
 """One connection as a state machine without sockets, threads or clocks: frames in, events out, time as an argument.
 
 The same class serves both ends. `receive` takes a frame and returns what it meant; `send` gives the next frame to put on
-the wire, or None; `tick` is to be called at `deadline()`. What must outlive the connection is in the `Mailbox`.
-
-The handshake and the close are one table for both sides; everything between is symmetric.
+the wire, or None; `tick` is to be called at `deadline()`. What must outlive the connection is in the `Mailbox`. The handshake
+and the close are one table for both sides; everything between is symmetric.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from fedlearn.errors import LimitExceededError, LinkError, LocalProtocolError, ProtocolError, RemoteProtocolError
 from fedlearn.link import framing
@@ -47,18 +45,7 @@ from fedlearn.link.states import (
     Side,
     State,
 )
-from fedlearn.link.transfer import Incoming, Outgoing
-
-
-@dataclass
-class _Sending:
-    """One message on this connection: how far it was handed to the wire."""
-
-    message: Outgoing
-    offset: int = 0
-    started: bool = False
-    ended: bool = False
-    retries: int = 0
+from fedlearn.link.transfer import Incoming, Outgoing, Sending
 
 
 class Session:
@@ -90,8 +77,8 @@ class Session:
         self._incarnation = incarnation
         self._node_id = node_id
         self._control: deque[Frame] = deque()
-        self._queue: deque[_Sending] = deque()
-        self._sendings: dict[int, _Sending] = {}
+        self._queue: deque[Sending] = deque()
+        self._sendings: dict[int, Sending] = {}
         self._active: set[int] = set()
         self._declined: set[int] = set()
         # Payloads that were asked for again: whether one more End comes for them depends on what crossed our Retry.
@@ -415,7 +402,7 @@ class Session:
             raise RemoteProtocolError(f"payload {payload_id:x} was not announced")
         return None
 
-    def _abandon(self, sending: _Sending | None) -> None:
+    def _abandon(self, sending: Sending | None) -> None:
         """A message that the peer no longer needs: if its chunks are under way, say that no more will come."""
         if sending is not None and sending.started and not sending.ended:
             sending.ended = True
@@ -427,17 +414,17 @@ class Session:
     def _open_queue(self) -> None:
         self._queue.extend(self._sending(m) for m in self.mailbox.outgoing.values() if not m.acked)
 
-    def _sending(self, message: Outgoing) -> _Sending:
+    def _sending(self, message: Outgoing) -> Sending:
         payload = message.payload
         if payload.payload_id in self._sendings:
             raise LocalProtocolError(f"payload {payload.payload_id:x} is on its way already on this connection")
-        sending = self._sendings[payload.payload_id] = _Sending(message)
+        sending = self._sendings[payload.payload_id] = Sending(message)
         offered = self._offers.pop((message.message_id, payload.payload_id), 0)
         if payload.is_boundary(offered):
             sending.offset = offered
         return sending
 
-    def _start(self, sending: _Sending, now: float) -> Start:
+    def _start(self, sending: Sending, now: float) -> Start:
         message = sending.message
         return Start(
             message.message_id,

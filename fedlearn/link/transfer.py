@@ -107,6 +107,17 @@ class Outgoing:
     acked: bool = False
 
 
+@dataclass
+class Sending:
+    """One message on this connection: how far it was handed to the wire."""
+
+    message: Outgoing
+    offset: int = 0
+    started: bool = False
+    ended: bool = False
+    retries: int = 0
+
+
 class Incoming:
     """A message that is being received: chunks in order, each checked before its data is kept.
 
