@@ -1,5 +1,8 @@
 """The site's policy: what it names is admitted, everything else is refused with the rule's name."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from client.policy import SiteRules, load_rules
@@ -52,3 +55,9 @@ def test_a_policy_file_is_strict(tmp_path):
         load_rules(path)
     with pytest.raises(StudyError, match="cannot be read"):
         load_rules(tmp_path / "none.toml")
+
+
+def test_the_operators_page_lists_every_key():
+    page = (Path(__file__).resolve().parents[3] / "docs" / "operating.md").read_text()
+    section = page.split("### The site's policy")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(SiteRules.model_fields)
