@@ -16,6 +16,8 @@ class LinkLimits:
     Attributes:
         frame_bytes: one frame, and so one gRPC message.
         chunk_bytes: data in one chunk that this end sends.
+        window_bytes: flow control: what a peer may have under way on one stream; divided by the round-trip time it is the
+            most a stream can carry, 40 MB/s at 50 ms.
         message_bytes: array data of one message.
         metadata_bytes: a message without its array data.
         message_buffers: arrays in one message.
@@ -43,7 +45,8 @@ class LinkLimits:
     """
 
     frame_bytes: int = 18 * MIB
-    chunk_bytes: int = 1 * MIB
+    chunk_bytes: int = 512 * KIB
+    window_bytes: int = 2 * MIB
     message_bytes: int = 2 * GIB
     metadata_bytes: int = 16 * MIB
     message_buffers: int = 100_000

@@ -114,8 +114,10 @@ class Pump:
             except ProtocolError as error:
                 session.refuse(error)
                 raise
-            for event in events:
-                self._on_event(event)
+            while events:
+                # Nothing here may hold an event, and with it a message's bytes, until the next frame comes.
+                self._on_event(events.pop(0))
+            del data
             self._wake.set()
             if session.peer_closed:
                 session.close()

@@ -18,7 +18,7 @@ from fedlearn.link.frames import Chunk, Start
 from fedlearn.link.framing import pack_chunk
 from fedlearn.link.limits import MIB
 
-_CACHED_FRAME_BYTES: Final = 32 * MIB
+_CACHED_FRAME_BYTES: Final = 8 * MIB
 
 
 class Payload:

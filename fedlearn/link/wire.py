@@ -26,13 +26,18 @@ _PROBE_PAUSE_S: Final = 0.2
 
 
 def channel_options(limits: LinkLimits) -> list[tuple[str, Any]]:
-    """gRPC options of both ends. Retries and keepalive are off: the session has its own."""
+    """gRPC options of both ends. Retries and keepalive are off: the session has its own.
+
+    The flow-control window is fixed: left to itself it grows on a fast network until gRPC holds tens of megabytes a stream.
+    """
     return [
         ("grpc.max_receive_message_length", limits.frame_bytes),
         ("grpc.max_send_message_length", limits.frame_bytes),
         ("grpc.enable_retries", 0),
         ("grpc.keepalive_time_ms", _NEVER_MS),
         ("grpc.http2.max_frame_size", 1024**2),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", limits.window_bytes),
     ]
 
 
