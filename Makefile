@@ -14,7 +14,7 @@ help:
 	@echo "make test     lint, types and tests"
 	@echo "make check    everything in 'test', and the slow tests"
 	@echo "make bench    the link's speed beside stock Flower's"
-	@echo "make chaos    1,000 random schedules of crashes against the release path"
+	@echo "make chaos    random crashes: 1,000 schedules of the release path, then kill -9 in real federations"
 	@echo "make protos   regenerate fedlearn/proto from protos/"
 	@echo "make docs     regenerate the generated parts of docs/"
 	@echo "make clean    remove what the others made"
@@ -46,7 +46,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.link
 
 chaos: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow tests/unit/release
+	$(BIN)/python -m pytest -q -m slow tests/unit/release tests/property
+	$(BIN)/python -m tests.chaos --runs 20
 
 protos: $(STAMP)
 	$(BIN)/python protos/generate.py

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from client import sandbox
 from client.crew import Crew
 from client.policy import SiteRules, load_rules
+from client.process import WorkerRaisedError
 from client.site import ForeignSite, Site
 from fedlearn import logs
 from fedlearn.app import App, load_app, own_root
-from fedlearn.errors import StudyError, TlsError
+from fedlearn.errors import StudyError, TlsError, WorkerCrashedError
 from fedlearn.link import LinkClient, TlsBundle
 from fedlearn.link import events as link_events
 from fedlearn.link.tls import Role
@@ -106,7 +107,7 @@ async def _serve(options: AgentOptions, bundle: TlsBundle, app: App, rules: Site
     client = LinkClient(options.server, bundle, handle, facts, emit=_log_event)
     link = asyncio.create_task(client.run(), name="link")
     # The link's handlers wait for the worker, so both can start at once.
-    worker = asyncio.create_task(crew.warm_up(), name="worker")
+    worker = asyncio.create_task(_warm_up(crew), name="worker")
     try:
         waiting: set[asyncio.Future[Any]] = {link, worker, told}
         while not told.done():
@@ -120,6 +121,16 @@ async def _serve(options: AgentOptions, bundle: TlsBundle, app: App, rules: Site
             task.cancel()
         await asyncio.gather(link, worker, return_exceptions=True)
         await crew.close()
+
+
+async def _warm_up(crew: Crew) -> None:
+    """Start the first worker. An app that cannot be loaded ends the agent; a process that was killed meanwhile is replaced later."""
+    try:
+        await crew.warm_up()
+    except WorkerRaisedError:
+        raise
+    except WorkerCrashedError as error:
+        log.warning("%s; the first message will start another", error.message)
 
 
 def _tell(told: asyncio.Future[int], code: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from client.frames import Frame
 from client.process import WorkerProcess
+from fedlearn.errors import FedlearnError
 
 log = logging.getLogger("fedlearn.worker")
 
@@ -55,8 +56,14 @@ class Crew:
         Raises:
             FedlearnError: the app cannot be loaded.
         """
-        self._spare = asyncio.create_task(self._start())
-        return await asyncio.shield(self._spare)
+        spare = self._spare = asyncio.create_task(self._start())
+        try:
+            return await asyncio.shield(spare)
+        except FedlearnError:
+            # The first message starts another one, and is not answered with this one's end.
+            if self._spare is spare:
+                self._spare = None
+            raise
 
     async def call(self, run: str, frame: Frame) -> Frame:
         """Send a frame to the run's worker and wait for the answer; one that died before is replaced first.

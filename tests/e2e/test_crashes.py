@@ -50,7 +50,7 @@ def of(found: list[events.Event], kind: type) -> list:
     return [event for event in found if isinstance(event, kind)]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_kill_9_of_the_coordinator_changes_no_bit(four: Federation, undisturbed: str, seed: int):
     """Killed as a seeded event is seen, in the middle of whatever it does then; twice in a run."""
     chosen = random.Random(seed).sample(range(2, 30), 2)
@@ -162,7 +162,7 @@ def test_a_signal_within_a_round_ends_everything_and_loses_nothing(
     four: Federation, number: signal.Signals, status: int
 ):
     """Ctrl-C of a site and of the coordinator while they compute; the run then goes on."""
-    run = four.submit("rounds=3", "train.epochs=40", "cohort.minimum=4", "evaluate.every=0")
+    run = four.submit("rounds=3", "train.epochs=10", "cohort.minimum=4", "evaluate.every=0")
 
     def interrupt(_number: int, event: events.Event) -> None:
         if isinstance(event, events.RoundStarted) and event.round == 2 and not stopped:
@@ -179,5 +179,5 @@ def test_a_signal_within_a_round_ends_everything_and_loses_nothing(
     stopped: list[events.Event] = []
     found = four.follow(run, interrupt)
     assert isinstance(found[-1], events.RunFinished)
-    overrides = ["rounds=3", "train.epochs=40", "evaluate.every=0"]
+    overrides = ["rounds=3", "train.epochs=10", "evaluate.every=0"]
     assert found[-1].model_digest == digest(fedlearn.simulate(STUDY, overrides=overrides).weights)
