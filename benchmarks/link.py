@@ -34,6 +34,7 @@ TARGETS_FLOWER = {1_000: 300, 7_000_000: 80, 100_000_000: 20}
 TARGET_MB = 600
 CLIENTS = 3
 TENSORS = 10
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def echo_rounds(grid, node_ids, size, rounds):
@@ -174,20 +175,23 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def role(arguments: list[str], **popen) -> subprocess.Popen:
+def role(arguments: list[str], *, huge_pages: bool = False, **popen) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+    if huge_pages:
+        environment["GLIBC_TUNABLES"] = HUGE_PAGES
     command = [sys.executable, "-m", "benchmarks.link", *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **popen)
 
 
-def measure(kind: str, folder: Path, size: int, rounds: int) -> dict:
+def measure(kind: str, folder: Path, size: int, rounds: int, *, huge_pages: bool = False) -> dict:
     """One server process and three client processes; the server's figures."""
     common = ["--folder", str(folder), "--sizes", str(size), "--rounds", str(rounds)]
-    server = role(["--role", f"{kind}-server", *common], stdout=subprocess.PIPE)
+    server = role(["--role", f"{kind}-server", *common], huge_pages=huge_pages, stdout=subprocess.PIPE)
     address = json.loads(server.stdout.readline())["address"]
     clients = [
         role(
             ["--role", f"{kind}-client", "--address", address, "--name", f"client-{i}", *common],
+            huge_pages=huge_pages,
             stderr=subprocess.DEVNULL,
         )
         for i in range(CLIENTS)
@@ -234,14 +238,14 @@ def human(size: int) -> str:
 
 def report(rows: list[dict]) -> str:
     lines = [
-        "| payload | s per round | target | server peak | raw TLS | ratio to raw | stock Flower | faster than Flower | target |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| payload | s per round | target | with huge pages | server peak | raw TLS | ratio to raw | stock Flower | faster than Flower | target |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         size, flower = row["size"], row.get("flower_s")
         target, factor = TARGETS_S.get(size), TARGETS_FLOWER.get(size)
         lines.append(
-            f"| {human(size)} | {row['link_s']:.4f} | {target or '-'} | {row['peak_mb']:.0f} MB | {row['raw_s']:.4f} |"
+            f"| {human(size)} | {row['link_s']:.4f} | {target or '-'} | {row['huge_s']:.4f} | {row['peak_mb']:.0f} MB | {row['raw_s']:.4f} |"
             f" {row['link_s'] / row['raw_s']:.1f}x |"
             + (f" {flower:.1f} | {flower / row['link_s']:.0f}x |" if flower else " not run | |")
             + f" {f'{factor}x' if factor else '-'} |"
@@ -269,6 +273,7 @@ def page(rows: list[dict], rounds: int, flower_rounds: int) -> str:
                 " The server's peak holds the model, all replies at once (Flower's `send_and_receive` returns a list) and the"
                 " program itself. Raw TLS is `ssl` sockets with one thread a client, the same processes, no checksum."
             ),
+            f'"With huge pages": every process started with `GLIBC_TUNABLES={HUGE_PAGES}`, which the other columns do not use.',
             *([f"Flower's SuperLink alone peaked at {flower_mb:.0f} MB over the whole run."] if flower_mb else []),
             "",
         ]
@@ -297,11 +302,13 @@ def main() -> int:
         for size in args.sizes:
             raw = measure("raw", folder, size, args.rounds)
             link = measure("link", folder, size, args.rounds)
+            huge = measure("link", folder, size, args.rounds, huge_pages=True)
             rows.append(
                 {
                     "size": size,
                     "link_s": statistics.median(link["seconds"]),
                     "link_all_s": link["seconds"],
+                    "huge_s": statistics.median(huge["seconds"]),
                     "peak_mb": link["peak_mb"],
                     "raw_s": statistics.median(raw["seconds"]),
                 }

@@ -18,14 +18,14 @@ from fedlearn.link.frames import Chunk, Start
 from fedlearn.link.framing import pack_chunk
 from fedlearn.link.limits import MIB
 
-_CACHED_FRAME_BYTES: Final = 8 * MIB
+_CACHED_FRAME_BYTES: Final = 4 * MIB
 
 
 class Payload:
     """The buffers of one message or of many messages with the same arrays, as one run of bytes cut into chunks.
 
     A frame is built when the first stream needs it and shared by all others, so N clients cost one encoding. Frames
-    are kept in a window of 32 MiB: streams that go abreast share them, a straggler has its frames cut again from the
+    are kept in a window of 4 MiB: streams that go abreast share them, a straggler has its frames cut again from the
     buffers (checksums are kept). Memory is therefore the buffers and the window, whatever the number of streams.
 
     Attributes:

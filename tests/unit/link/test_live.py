@@ -300,7 +300,7 @@ async def test_a_damaged_chunk_is_sent_again_and_never_used(tmp_path, monkeypatc
         data = random.Random(3).randbytes(6 * MIB)
         replies = await asyncio.to_thread(world.server.grid(1).send_and_receive, [message_of(data, node)], timeout=20)
         assert data_of(replies[0]) == data
-        assert [(e.offset, e.attempt) for e in log.all(ChecksumFailed)] == [(2 * MIB, 1), (2 * MIB, 2)]
+        assert [(e.offset, e.attempt) for e in log.all(ChecksumFailed)] == [(MIB, 1), (MIB, 2)]
         assert not log.all(LinkLost)
 
 
@@ -421,8 +421,8 @@ async def test_one_push_is_encoded_once_for_all_clients(tmp_path, monkeypatch):
         got = []
         while len(got) < 6:
             got += await asyncio.to_thread(grid.wait_messages, sent, 20)
-        assert len({payload for payload, _ in built if len([b for b in built if b[0] == payload]) == 8}) == 1
-        assert len(built) == 8 + 6
+        assert len({payload for payload, _ in built if len([b for b in built if b[0] == payload]) == 16}) == 1
+        assert len(built) == 16 + 6
 
 
 async def test_goodbye_of_a_stopped_client_is_told(tmp_path):
