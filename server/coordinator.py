@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Final
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 from fedlearn import logs
-from fedlearn.app import App, load_app
+from fedlearn.app import APP_FOLDERS, App, load_app
 from fedlearn.errors import INTERRUPTED_EXIT_CODE, LinkError, StateError
+from fedlearn.events import RunStopped
 from fedlearn.link import events as link_events
 from fedlearn.link.server import LinkServer
 from fedlearn.link.tls import TlsBundle
@@ -124,8 +126,6 @@ class Coordinator:
             active.stop()
             await asyncio.to_thread(active.ended.wait, wait_s)
         elif row.status is RunStatus.QUEUED:
-            from fedlearn.events import RunStopped
-
             await asyncio.to_thread(self.event_log.end, run, RunStatus.STOPPED, RunStopped(run, 0))
         return await asyncio.to_thread(self._store.run, run)
 
@@ -197,6 +197,8 @@ def serve(options: CoordinatorOptions) -> int:
     """
     logs.configure(json_lines=options.json_logs, debug=options.debug)
     app = load_app(options.app_dir)
+    if not app.native:
+        _make_way()
     tls = TlsBundle.load(options.tls_dir)
     with FolderLock(options.state_dir, "a coordinator"):
         url = options.database_url or f"sqlite:///{(options.state_dir / DATABASE_FILE).resolve()}"
@@ -210,6 +212,12 @@ def serve(options: CoordinatorOptions) -> int:
         logging.shutdown()
         os._exit(code)
     return code
+
+
+def _make_way() -> None:
+    """Forget this package's name, which a foreign app may have for its own; what is loaded of ours works on without it."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in APP_FOLDERS]:
+        del sys.modules[name]
 
 
 async def _serve(options: CoordinatorOptions, app: App, tls: TlsBundle, store: Store) -> tuple[int, bool]:

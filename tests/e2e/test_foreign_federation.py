@@ -1,0 +1,51 @@
+"""Somebody else's Flower App in our processes: a coordinator and two sites started with --app, submitted by an operator."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fedlearn import events
+from fedlearn.errors import StudyError
+from tests.support.federation import ENV, Federation
+from tests.support.processes import family
+
+FOREIGN = Path(__file__).parent / "foreign_app"
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(params=["plain", "server"])
+def app(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The app; once more with a package that is called as one of ours."""
+    folder = tmp_path / "app"
+    shutil.copytree(FOREIGN, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "plain").rename(folder / request.param)
+    settings = folder / "pyproject.toml"
+    settings.write_text(settings.read_text().replace('"plain.', f'"{request.param}.'))
+    return folder
+
+
+def test_a_foreign_app_is_submitted_watched_and_run(app: Path, tmp_path: Path):
+    out = tmp_path / "result.json"
+    with family(tmp_path, ENV) as processes:
+        federation = Federation(processes, tmp_path, app=app)
+        federation.coordinator()
+        for name in ("cleveland", "hungary"):
+            federation.site(name)
+        with federation.control() as control:
+            with pytest.raises(StudyError, match="unknown key 'rounds'"):
+                control.submit("rounds = 3", ())
+            run = control.submit("num-server-rounds = 2", (f"out={out}", "lr=0.2"))
+        found = federation.follow(run)
+        assert isinstance(found[-1], events.RunFinished), federation.running["coordinator"].output
+        # Our own app's messages are refused: this site runs the other one.
+        assert "Traceback" not in federation.running["coordinator"].output
+        processes.stop()
+        assert processes.alive() == []
+    result = json.loads(out.read_text())
+    assert sorted(result["rounds"]) == ["1", "2"]
+    assert [result["calls"][n] for n in ("1", "2")] == [1, 2], "a site's state survives between messages"
