@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -95,12 +96,14 @@ def _unary(
 
 
 def _stream(
-    call: Callable[[Identity, Any], AsyncIterator[Any]], roles: frozenset[Role]
+    call: Callable[[Identity, Any], AsyncGenerator[Any, None]], roles: frozenset[Role]
 ) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def handle(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async for item in call(_admit(context, roles), request):
-                yield item
+            # Closed here and now when the caller hangs up, not whenever memory is collected.
+            async with contextlib.aclosing(call(_admit(context, roles), request)) as items:
+                async for item in items:
+                    yield item
         except FedlearnError as error:
             await _fail(context, error)
 
@@ -138,18 +141,22 @@ class _Control:
             ]
         )
 
-    async def watch(self, caller: Identity, request: Any) -> AsyncIterator[Any]:
-        async for index, event in self._handlers.watch(caller, request.run_id, request.start):
-            yield pb.RunEvent(index=index, event_json=event)
+    async def watch(self, caller: Identity, request: Any) -> AsyncGenerator[Any, None]:
+        watched = self._handlers.watch(caller, request.run_id, request.start)
+        try:
+            async for index, event in watched:
+                yield pb.RunEvent(index=index, event_json=event)
+        finally:
+            if isinstance(watched, AsyncGenerator):
+                await watched.aclose()
 
-    async def model(self, caller: Identity, request: Any) -> AsyncIterator[Any]:
+    async def model(self, caller: Identity, request: Any) -> AsyncGenerator[Any, None]:
         model = await self._handlers.model(caller, request.run_id)
         size, sha256 = await asyncio.to_thread(_digest, model.path, self._limits.chunk_bytes)
         if size > self._limits.model_bytes:
             raise LimitExceededError(f"model: {size} bytes, limit model_bytes is {self._limits.model_bytes}")
         yield pb.ModelChunk(file_name=model.file_name, size_bytes=size, sha256=sha256)
-        file = await asyncio.to_thread(model.path.open, "rb")
-        with file:
+        with model.path.open("rb") as file:  # in a thread a cancelled call would leave it open
             while data := await asyncio.to_thread(file.read, self._limits.chunk_bytes):
                 yield pb.ModelChunk(data=data)
 
