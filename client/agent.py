@@ -102,7 +102,7 @@ async def _serve(options: AgentOptions, bundle: TlsBundle, app: App, rules: Site
     crew = Crew(own_root(), None if app.root == own_root() and app.native else options.app_dir, name)
     config = node_config(options, name)
     handle: Callable[[Message], Awaitable[Message]]
-    handle = Site(crew, rules, gate, config).handle if app.native else ForeignSite(crew, config).handle
+    handle = Site(crew, rules, gate, config).handle if app.native else ForeignSite(crew, config, app.config).handle
     facts = {"task": options.task or "", "device": options.device}
     client = LinkClient(options.server, bundle, handle, facts, emit=_log_event)
     link = asyncio.create_task(client.run(), name="link")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 
 from client import records
 from client.frames import Frame, Kind
 from client.process import WorkerRaisedError
+from fedlearn.app import RUN_CONFIG
 from fedlearn.errors import PolicyRefusedError, RemoteProtocolError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedlearn.client")
 T = TypeVar("T")
+
+FOREIGN_STATES: Final = 16
+"""Runs of a foreign app whose memory is kept."""
 
 
 class Site:
@@ -117,22 +122,34 @@ class ForeignSite:
     Args:
         crew: where the app runs.
         node_config: what the app is told of this site.
+        run_config: the app's own defaults, under what the coordinator says of a run.
     """
 
-    def __init__(self, crew: Crew, node_config: Mapping[str, Any]) -> None:
-        self._crew, self._node_config = crew, dict(node_config)
-        self._states: dict[int, bytes] = {}
+    def __init__(self, crew: Crew, node_config: Mapping[str, Any], run_config: Mapping[str, Any] | None = None) -> None:
+        self._crew, self._node_config, self._run_config = crew, dict(node_config), dict(run_config or {})
+        self._states: OrderedDict[int, bytes] = OrderedDict()
 
     async def handle(self, message: Message) -> Message:
         run = message.metadata.run_id
-        reply, state = await compute(self._crew, message, str(run), self._states.get(run), self._node_config)
+        told = message.content.pop(RUN_CONFIG, None) if message.has_content() else None
+        config = self._run_config | (dict(told) if isinstance(told, ConfigRecord) else {})
+        state = self._states.get(run)
+        reply, state = await compute(self._crew, message, str(run), state, self._node_config, config)
         if state is not None:
             self._states[run] = state
+            self._states.move_to_end(run)
+            while len(self._states) > FOREIGN_STATES:
+                self._states.popitem(last=False)
         return reply
 
 
 async def compute(
-    crew: Crew, message: Message, run: str, state: bytes | None, node_config: Mapping[str, Any]
+    crew: Crew,
+    message: Message,
+    run: str,
+    state: bytes | None,
+    node_config: Mapping[str, Any],
+    run_config: Mapping[str, Any] | None = None,
 ) -> tuple[Message, bytes | None]:
     """Let the app answer a message.
 
@@ -142,6 +159,7 @@ async def compute(
         run: whose worker answers.
         state: the app's packed `Context.state` before; None for an empty one.
         node_config: what the app is told of this site.
+        run_config: what a foreign app is told of the run.
 
     Returns:
         The reply, and the packed state after; None when it is empty.
@@ -154,7 +172,7 @@ async def compute(
         "run_id": message.metadata.run_id,
         "node_id": message.metadata.dst_node_id,
         "node_config": dict(node_config),
-        "run_config": {},
+        "run_config": dict(run_config or {}),
     }
     buffers = [wire.metadata, *wire.buffers, *([metadata, *arrays] if state is not None else [])]
     try:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 APP_FOLDERS = ("server", "client", "strategies")
 
+RUN_CONFIG = "fedlearn.run-config"
+"""The record by which a coordinator tells sites a foreign app's run config. Flower tells its SuperNodes beside the messages."""
+
 
 @dataclass(frozen=True)
 class App:
@@ -70,11 +73,42 @@ class App:
                 sha.update(f"{path.relative_to(self.root).as_posix()}:{len(data)};".encode() + data)
         return sha.hexdigest()
 
+    @property
+    def config(self) -> dict[str, bool | int | float | str]:
+        """`[tool.flwr.app.config]` of the app's pyproject.toml, nested tables as dotted keys; empty where there is none.
+
+        Raises:
+            StudyError: a value is neither number, text nor truth value.
+        """
+        settings = self.root / "pyproject.toml"
+        if not settings.is_file():
+            return {}
+        app = tomllib.loads(settings.read_text(encoding="utf-8")).get("tool", {}).get("flwr", {}).get("app", {})
+        return flat_config(app.get("config", {}), str(settings))
+
     def study(self, name: str) -> Path:
         """A study's path: as it stands, or among the app's own."""
         path = Path(name)
         inside = self.root / name
         return inside if not path.exists() and inside.exists() else path
+
+
+def flat_config(tree: Mapping[str, Any], origin: str, prefix: str = "") -> dict[str, bool | int | float | str]:
+    """A run config as Flower has it: nested tables become dotted keys.
+
+    Raises:
+        StudyError: a value is neither number, text nor truth value.
+    """
+    found: dict[str, bool | int | float | str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat_config(value, origin, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float | str):
+            found[prefix + key] = value
+        else:
+            kind = type(value).__name__
+            raise StudyError(f"{origin}: {prefix + key} is {kind}, expected a number, text or true/false")
+    return found
 
 
 def own_root() -> Path:

@@ -30,6 +30,7 @@ from fedlearn.link.tls import TlsBundle
 from fedlearn.lock import FolderLock
 from server.active import ActiveRun
 from server.event_log import EventLog
+from server.foreign import send_run_config
 from server.handlers import Handlers
 from server.records import RunRow, RunStatus
 from server.store import Store
@@ -147,13 +148,15 @@ class Coordinator:
         else:
             log.info("run %s: %s resumes after round %d", row.run, row.name, row.round)
         run_config: dict[str, Any] = {"run-id": row.run}
+        grid = self._link.grid(int(row.run, 16))
         if not self._app.native:
             run_config = dict(read_submission(self._app, row.study, row.overrides).run_config)
+            send_run_config(grid, run_config)
         active = ActiveRun(
             row,
             lambda: self._app.server_app,
             run_config,
-            self._link.grid(int(row.run, 16)),
+            grid,
             self._store,
             self.event_log,
             self._client_name,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from fedlearn.app import flat_config
 from fedlearn.errors import StudyError
 from fedlearn.study import parse_study
 
@@ -54,12 +55,11 @@ def read_submission(app: App, text: str, overrides: Sequence[str]) -> Submission
 
 
 def _run_config(app: App, text: str, overrides: Sequence[str]) -> dict[str, Scalar]:
-    settings = tomllib.loads((app.root / "pyproject.toml").read_text(encoding="utf-8"))
-    config = _flat(settings["tool"]["flwr"]["app"].get("config", {}), "pyproject.toml")
+    config = app.config
     given: dict[str, Scalar] = {}
     for origin, toml in (("run config", text), *((f"override {o!r}", _quoted(o)) for o in overrides)):
         try:
-            given |= _flat(tomllib.loads(toml), origin)
+            given |= flat_config(tomllib.loads(toml), origin)
         except tomllib.TOMLDecodeError as error:
             raise StudyError(f"{origin}: not valid TOML: {error}") from None
     for key in given:
@@ -67,21 +67,6 @@ def _run_config(app: App, text: str, overrides: Sequence[str]) -> dict[str, Scal
             known = ", ".join(sorted(config)) or "none"
             raise StudyError(f"run config: unknown key {key!r}", hint=f"the app {app.root.name} knows: {known}")
     return config | given
-
-
-def _flat(tree: Mapping[str, Any], origin: str, prefix: str = "") -> dict[str, Scalar]:
-    """Nested tables as dotted keys, as Flower does it."""
-    found: dict[str, Scalar] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _flat(value, origin, f"{prefix}{key}.")
-        elif isinstance(value, Scalar):
-            found[prefix + key] = value
-        else:
-            raise StudyError(
-                f"{origin}: {prefix + key} is {type(value).__name__}, expected a number, text or true/false"
-            )
-    return found
 
 
 def _quoted(override: str) -> str:

@@ -24,6 +24,15 @@ def app(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = tmp_path / "app"
     shutil.copytree(FOREIGN, folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "plain").rename(folder / request.param)
+    # Its clients read the run's config, as most of Flower's examples do, and see in a message what was put there alone.
+    client = folder / request.param / "client_app.py"
+    asked = 'float(message.content["config"]["lr"])'
+    assert asked in client.read_text()
+    client.write_text(
+        client.read_text().replace(
+            asked, 'float(context.run_config["lr"])\n    assert set(message.content) == {"arrays", "config"}'
+        )
+    )
     settings = folder / "pyproject.toml"
     settings.write_text(settings.read_text().replace('"plain.', f'"{request.param}.'))
     return folder
@@ -48,4 +57,5 @@ def test_a_foreign_app_is_submitted_watched_and_run(app: Path, tmp_path: Path):
         assert processes.alive() == []
     result = json.loads(out.read_text())
     assert sorted(result["rounds"]) == ["1", "2"]
+    assert result["a"] > 1.9, "the sites were told lr = 0.2; with the app's own 0.1 they come less far"
     assert [result["calls"][n] for n in ("1", "2")] == [1, 2], "a site's state survives between messages"
