@@ -16,6 +16,8 @@ from fedlearn.app import RUN_CONFIG
 from fedlearn.errors import PolicyRefusedError, RemoteProtocolError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange
+from fedlearn.learning.checkpoint import broadcast_digest
+from fedlearn.learning.strategy import ServerState
 from fedlearn.link import flower
 from fedlearn.release.keys import TRAIN, AttemptId, ReleaseKey
 from fedlearn.release.records import Finished, InProgress, Refused, Reserved
@@ -73,6 +75,7 @@ class Site:
 
     async def _train(self, message: Message, request: Request) -> bytes:
         key = _key(request)
+        await asyncio.to_thread(_check_broadcast, message, request)
         base = None if request.base is None else AttemptId(*request.base)
         while True:
             answer = await self._at_gate(lambda: self._gate.reserve(key, base=base))
@@ -188,6 +191,16 @@ async def compute(
         raise RemoteProtocolError(f"run {run}: the app answered with an error: {reply.error.reason}")
     after = None if kept < 0 else records.join(pieces[1 + count], pieces[2 + count : 2 + count + kept])
     return reply, after
+
+
+def _check_broadcast(message: Message, request: Request) -> None:
+    """The key of a release names the broadcast that it answers: the broadcast must be what it says."""
+    whole = messages.decode_request(message.content)
+    digest = broadcast_digest(ServerState(whole.model, whole.shared))
+    if digest != request.model_digest:
+        raise RemoteProtocolError(
+            f"message: its model and shared arrays have the digest {digest[:16]}, it says {request.model_digest[:16]}"
+        )
 
 
 def _key(request: Request) -> ReleaseKey:

@@ -46,9 +46,11 @@ def run(
     from fedlearn.app import load_app
     from fedlearn.study import load_study
 
-    path = load_app(app).study(study)
+    found = load_app(app)
+    path = found.study(study)
     extra = (*(overrides or ()), *([f"rounds={rounds}"] if rounds is not None else []))
-    load_study(path, extra)  # refused here, with file and line, before anything is sent
+    if found.native:  # a foreign app's run config is its coordinator's to read
+        load_study(path, extra)  # refused here, with file and line, before anything is sent
     text = _read(path)
     with connect(server, tls) as control:
         run_id = control.submit(text, extra)

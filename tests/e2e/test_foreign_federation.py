@@ -10,7 +10,7 @@ import pytest
 
 from fedlearn import events
 from fedlearn.errors import StudyError
-from tests.support.federation import ENV, Federation
+from tests.support.federation import ENV, FEDLEARN, Federation
 from tests.support.processes import family
 
 FOREIGN = Path(__file__).parent / "foreign_app"
@@ -51,7 +51,11 @@ def test_a_foreign_app_is_submitted_watched_and_run(app: Path, tmp_path: Path):
             run = control.submit("num-server-rounds = 2", (f"out={out}", "lr=0.2"))
         found = federation.follow(run)
         assert isinstance(found[-1], events.RunFinished), federation.running["coordinator"].output
-        # Our own app's messages are refused: this site runs the other one.
+        config = tmp_path / "config.toml"
+        config.write_text("num-server-rounds = 1\n")
+        words = ("--app", str(app), "--server", federation.address, "--tls", str(federation.tls["operator"]))
+        submitted = processes.start(*FEDLEARN, "run", str(config), *words)
+        assert submitted.wait(60) == 0, submitted.output
         assert "Traceback" not in federation.running["coordinator"].output
         processes.stop()
         assert processes.alive() == []

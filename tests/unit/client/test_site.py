@@ -15,10 +15,12 @@ from client.policy import SiteRules
 from client.process import WorkerRaisedError
 from client.site import ForeignSite, Site
 from fedlearn.app import load_app
-from fedlearn.errors import PolicyRefusedError, WorkerCrashedError
+from fedlearn.errors import PolicyRefusedError, RemoteProtocolError, WorkerCrashedError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange, Work
+from fedlearn.learning.checkpoint import broadcast_digest
 from fedlearn.learning.local import initial_weights
+from fedlearn.learning.strategy import ServerState
 from fedlearn.link import flower
 from fedlearn.release.charge import CostCharger
 from fedlearn.release.site import SiteGate
@@ -65,14 +67,13 @@ def query(message, context):
 """
 
 
-def request(round_=1, attempt=1, base=None, exchange=Exchange.TRAIN, app=None, shift=0.0):
+def request(round_=1, attempt=1, base=None, exchange=Exchange.TRAIN, app=None, shift=0.0, digest=None):
     flower.ensure_identity(7)
     task = load_task(STUDY.task.name, STUDY.task.options)
     model = {name: a + np.float32(shift) for name, a in initial_weights(task, STUDY).items()}
     shared = {name: np.zeros_like(a) for name, a in model.items()}
-    work = Work(
-        round_, attempt, ("cleveland",), model, shared, f"digest-{shift}", {"cleveland": base} if base else {}, 60.0
-    )
+    said = digest or broadcast_digest(ServerState(model, shared))
+    work = Work(round_, attempt, ("cleveland",), model, shared, said, {"cleveland": base} if base else {}, 60.0)
     encoder = messages.RequestEncoder("run-1", STUDY.to_json(), app or load_app().digest)
     kinds = {Exchange.TRAIN: "train", Exchange.EVALUATE: "evaluate"}
     return Message(encoder.encode(exchange, work)["cleveland"], 5, kinds[exchange])
@@ -129,11 +130,32 @@ async def test_the_same_attempt_for_another_model_is_refused(crew, tmp_path):
     journal.close()
 
 
+async def test_a_broadcast_that_is_not_what_its_digest_says_is_refused(tmp_path):
+    one, journal = site(Crew(tmp_path / "no app is here", None, "nobody"), tmp_path)
+    with pytest.raises(RemoteProtocolError, match="digest"):
+        await one.handle(request(digest="0" * 64))
+    assert list(one._gate.releases()) == []
+    journal.close()
+
+
 async def test_another_app_is_refused_before_anything_is_computed(tmp_path):
     one, journal = site(Crew(tmp_path / "no app is here", None, "nobody"), tmp_path)
     with pytest.raises(PolicyRefusedError, match="apps"):
         await one.handle(request(app="0" * 64))
     assert list(one._gate.releases()) == []
+    journal.close()
+
+
+async def test_a_cancelled_call_leaves_its_worker_to_the_next(crew, tmp_path):
+    """A site whose deadline passed keeps the process: starting another takes longer than many a deadline."""
+    one, journal = site(crew, tmp_path)
+    pid = (await crew.warm_up()).pid
+    running = asyncio.create_task(one.handle(request()))
+    await asyncio.sleep(0.05)  # within the call or before it: both must hold
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert (await one.handle(request(1, 2))).has_content()
+    os.kill(pid, 0)
     journal.close()
 
 
