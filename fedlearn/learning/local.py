@@ -158,17 +158,8 @@ class LocalTrainer:
         self._optimizer = _make_optimizer(self._train, list(self._parameters.values()))
 
     def batches(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
-        """Row numbers of each batch, for all epochs; the last batch of an epoch may be short."""
-        count, size = len(self._data), self._train.batch_size
-        generator = seeds.numpy_generator(
-            self._place.seed, "batches", self._place.round, self._place.client, self._pass
-        )
-        for _ in range(self._train.epochs):
-            order = generator.permutation(count)
-            for first in range(0, count, size):
-                if self._train.max_steps is not None and self.steps >= self._train.max_steps:
-                    return
-                yield order[first : first + size]
+        """Row numbers of each batch; see `batch_rows`."""
+        return batch_rows(self._train, self._place, self._pass, len(self._data))
 
     def step(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         """One optimiser step on the mean loss of a batch."""
@@ -214,6 +205,28 @@ class LocalTrainer:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return _autocast(self._device, self._train.precision)
+
+
+def batch_rows(
+    train: TrainTable, place: Place, pass_name: str, count: int
+) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+    """Row numbers of each batch of one client's pass, for all epochs; the last batch of an epoch may be short.
+
+    Args:
+        train: batch size, epochs and the most steps.
+        place: seed, round and client, which the order is drawn from.
+        pass_name: of the pass.
+        count: the client's training rows.
+    """
+    generator = seeds.numpy_generator(place.seed, "batches", place.round, place.client, pass_name)
+    steps = 0
+    for _ in range(train.epochs):
+        order = generator.permutation(count)
+        for first in range(0, count, train.batch_size):
+            if steps == train.max_steps:
+                return
+            yield order[first : first + train.batch_size]
+            steps += 1
 
 
 def evaluate(
