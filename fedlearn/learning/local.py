@@ -16,6 +16,7 @@ import torch
 
 from fedlearn import seeds
 from fedlearn.errors import UpdateError
+from fedlearn.learning.draws import may_draw, seeded
 from fedlearn.learning.strategy import MAIN, ClientStart, Strategy, Trained
 from fedlearn.learning.task import Batch, ClientData, Task, build_model
 from fedlearn.learning.update import Update
@@ -139,6 +140,7 @@ class LocalTrainer:
         self._place, self._pass = place, pass_name
         self._parameters = trainable(model)
         self._device = next(model.parameters()).device
+        self._draws = may_draw(task, model)
         self._direction: Direction | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._loss_sum, self._loss_count = 0.0, 0
@@ -167,7 +169,7 @@ class LocalTrainer:
         self._model.train()
         x, y = _to_device(self._data, rows, self._device, self._train.precision)
         parameters = list(self._parameters.values())
-        with self._seeded(), self._autocast():
+        with self._chance(), self._autocast():
             losses = self._task.loss(self._model(x), y)
             gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True, materialize_grads=True)
         if self._direction is None:
@@ -194,14 +196,14 @@ class LocalTrainer:
         """Mean training loss over all steps' examples; NaN without any."""
         return self._loss_sum / self._loss_count if self._loss_count else float("nan")
 
-    @contextlib.contextmanager
-    def _seeded(self) -> Iterator[None]:
-        """Layers that draw (dropout) draw from this step's own seed; the global generator is left as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                seeds.derive(self._place.seed, "layers", self._place.round, self._place.client, self._pass, self.steps)
-            )
-            yield
+    def _chance(self) -> contextlib.AbstractContextManager[None]:
+        """Layers that draw (dropout) draw from this step's own seed."""
+        if not self._draws:
+            return contextlib.nullcontext()
+        place = self._place
+        return seeded(
+            self._device, seeds.derive(place.seed, "layers", place.round, place.client, self._pass, self.steps)
+        )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return _autocast(self._device, self._train.precision)
