@@ -64,6 +64,34 @@ class IntegerSum:
         self.weight += weight
         self.terms += 1
 
+    def add_sum(self, total: Mapping[str, npt.NDArray[np.float64]], weight: int, terms: int) -> None:
+        """Add the weighted sum of several terms that was taken in floats. All of it is added, or nothing has changed.
+
+        It is rounded to the quantum once, so the order within it matters to the last bits and must be fixed by the caller.
+
+        Args:
+            total: sum of weight_i * term_i, float64, of the accumulator's names and shapes.
+            weight: sum of weight_i.
+            terms: how many.
+
+        Raises:
+            UpdateError: as `add` does.
+        """
+        weight = _checked_weight(weight)
+        check_same(total, {name: Spec(spec.shape, "float64") for name, spec in self.specs.items()})
+        check_finite(total)
+        largest = max((_largest_unit(a, self.quantum_bits) for a in total.values()), default=0)
+        if self._bound + largest > HEADROOM:
+            raise UpdateError(
+                f"partial sum: largest value {largest / 2**self.quantum_bits:.3g} exceeds the sum's headroom",
+                hint="the updates diverged, or the weights are too large; clip updates, or choose a coarser quantum",
+            )
+        for name, array in total.items():
+            _add_scaled(self._sums[name].reshape(-1), array.reshape(-1), 1, self.quantum_bits)
+        self._bound += largest
+        self.weight += weight
+        self.terms += terms
+
     def check(self, term: Arrays, weight: int) -> int:
         """Whether `add` would take this term; raises what it would raise.
 
@@ -82,16 +110,28 @@ class IntegerSum:
         return largest * weight
 
     def merge(self, other: IntegerSum) -> None:
-        """Add another partial sum; equal to having added its terms one by one."""
-        if other.quantum_bits != self.quantum_bits or dict(other.specs) != dict(self.specs):
-            raise UpdateError("partial sum: another quantum or other shapes; expected the same as this sum's")
-        if self._bound + other._bound > HEADROOM:
-            raise UpdateError("partial sum: the two sums together exceed the headroom of 63 bits")
+        """Add another partial sum; equal to having added its terms one by one.
+
+        Raises:
+            UpdateError: as `check_merge` does; nothing has changed.
+        """
+        self.check_merge(other)
         for name, total in other._sums.items():
             self._sums[name] += total
         self._bound += other._bound
         self.weight += other.weight
         self.terms += other.terms
+
+    def check_merge(self, other: IntegerSum) -> None:
+        """Whether `merge` would take this sum.
+
+        Raises:
+            UpdateError: another quantum, other shapes, or no headroom left.
+        """
+        if other.quantum_bits != self.quantum_bits or dict(other.specs) != dict(self.specs):
+            raise UpdateError("partial sum: another quantum or other shapes; expected the same as this sum's")
+        if self._bound + other._bound > HEADROOM:
+            raise UpdateError("partial sum: the two sums together exceed the headroom of 63 bits")
 
     def integers(self) -> Mapping[str, npt.NDArray[np.int64]]:
         """The sum in units of the quantum; a view, not a copy."""

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from fedlearn.arrays import Arrays
+from fedlearn.learning.collect import PartialSum
 from fedlearn.learning.update import Update
 
 
@@ -57,6 +58,19 @@ class Fitted:
 
 
 @dataclass(frozen=True)
+class Summed:
+    """The updates of several clients arrived as one weighted sum; only for linear strategies.
+
+    Args:
+        partial: the sum.
+        facts: by client, what may leave beside it; the clients of the sum.
+    """
+
+    partial: PartialSum
+    facts: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
 class Scored:
     """A client's metrics arrived.
 
@@ -80,7 +94,7 @@ class Failed:
 
 
 class Backend(Protocol):
-    """Does the clients' work. Replies come in any order; each client of the cohort gets exactly one."""
+    """Does the clients' work. Replies come in any order; each client of the cohort is in exactly one."""
 
     def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:
         """Study client ids that could take part now, sorted.
@@ -91,7 +105,7 @@ class Backend(Protocol):
         """
         ...
 
-    def fit(self, work: Work) -> Iterator[Fitted | Failed]:
+    def fit(self, work: Work) -> Iterator[Fitted | Summed | Failed]:
         """Local training on each client of the cohort."""
         ...
 

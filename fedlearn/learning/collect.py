@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -19,11 +20,37 @@ MAX_EXAMPLES = 2**40
 """A client's count of examples is somebody's claim; this bounds what it can do to the weighted mean's headroom."""
 
 
+@dataclass(frozen=True)
+class PartialSum:
+    """The weighted sum of several clients' updates, as a block of a simulation gives it.
+
+    Args:
+        sums: release name to its sum.
+        examples: training examples by client; the clients of the sum.
+    """
+
+    sums: Mapping[str, IntegerSum] = field(repr=False)
+    examples: Mapping[str, int]
+
+    def checksum(self) -> str:
+        """A fast checksum over everything in it. Not cryptographic."""
+        state = xxhash.xxh3_128(repr(sorted(self.examples.items())).encode())
+        for release in sorted(self.sums):
+            for name, total in sorted(self.sums[release].integers().items()):
+                state.update(f"{release}/{name};".encode())
+                state.update(np.ascontiguousarray(total).data.cast("B") if total.size else b"")
+        return state.hexdigest()
+
+
 class Collector(Protocol):
     """Takes updates, gives their aggregate."""
 
     def add(self, client: str, update: Update) -> None:
         """Take one update. Either the whole of it is taken, or an `UpdateError` is raised and nothing has changed."""
+        ...
+
+    def merge(self, partial: PartialSum) -> None:
+        """Take the sum of several updates. Either the whole of it is taken, or an `UpdateError` is raised."""
         ...
 
     def aggregate(self, population: int) -> Aggregate:
@@ -60,6 +87,18 @@ class SumCollector:
         self._clients.add(client)
         self._examples += update.examples
 
+    def merge(self, partial: PartialSum) -> None:
+        if sorted(partial.sums) != sorted(self._sums):
+            raise UpdateError(f"partial sum: releases {sorted(partial.sums)}, expected {sorted(self._sums)}")
+        if twice := self._clients & partial.examples.keys():
+            raise UpdateError(f"partial sum: client {min(twice)!r} is in this round's sum already")
+        for name, total in self._sums.items():
+            total.check_merge(partial.sums[name])
+        for name, total in self._sums.items():
+            total.merge(partial.sums[name])
+        self._clients.update(partial.examples)
+        self._examples += sum(partial.examples.values())
+
     def aggregate(self, population: int) -> Aggregate:
         means = {name: total.mean() for name, total in self._sums.items()}
         return Aggregate(means, clients=len(self._clients), population=population, examples=self._examples)
@@ -83,6 +122,9 @@ class StackCollector:
             self._stack = UpdateStack(self._specs)
         self._stack.add(client, update.private[DELTA], update.examples)
         self._clients.add(client)
+
+    def merge(self, partial: PartialSum) -> None:  # noqa: ARG002  # protocol
+        raise UpdateError(f"partial sum: strategy {self._strategy.name!r} needs each client's update by itself")
 
     def aggregate(self, population: int) -> Aggregate:
         if self._stack is None:

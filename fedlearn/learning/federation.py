@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from fedlearn import events
 from fedlearn.clock import Clock, SystemClock
 from fedlearn.errors import RunFailedError, StateError, UpdateError
 from fedlearn.learning.averages import l2_norm, mean_metrics, weighted_mean
-from fedlearn.learning.backend import Backend, Failed, Fitted, Scored, Work
+from fedlearn.learning.backend import Backend, Failed, Fitted, Scored, Summed, Work
 from fedlearn.learning.checkpoint import PARTS, broadcast_digest, state_from_bytes, state_to_bytes
 from fedlearn.learning.cohort import pick_cohort
 from fedlearn.learning.collect import Collector, collector_for, update_checksum
@@ -175,12 +175,13 @@ class Federation:
         dropped = 0
         for reply in self._backend.fit(self._work(at, cohort, digest)):
             reason = self._take(reply)
-            if isinstance(reply, Fitted) and reason is None:
-                losses[reply.client] = (reply.update.facts.get("loss", math.nan), reply.update.examples)
-                self._emit(events.ClientFinished(self._run, at.round, reply.client, reply.update.facts))
-            else:
-                dropped += 1
-                self._emit(events.ClientDropped(self._run, at.round, reply.client, reason or ""))
+            for client, facts, examples in _claims(reply):
+                if reason is None:
+                    losses[client] = (facts.get("loss", math.nan), examples)
+                    self._emit(events.ClientFinished(self._run, at.round, client, facts))
+                else:
+                    dropped += 1
+                    self._emit(events.ClientDropped(self._run, at.round, client, reason))
         if self._machine.state is RoundState.OPEN:
             self._machine.close()
         elif self._machine.state is RoundState.REFILL:
@@ -207,12 +208,18 @@ class Federation:
         self._emit(finished)
         self._evaluate_if_due()
 
-    def _take(self, reply: Fitted | Failed) -> str | None:
+    def _take(self, reply: Fitted | Summed | Failed) -> str | None:
         """Hand a reply to the machine; None when it entered the sum, else the reason why not."""
         if isinstance(reply, Failed):
             self._machine.gone(reply.client)
             return reply.reason
-        answer = self._machine.receive(reply.client, self._machine.key, reply.update)
+        if isinstance(reply, Summed):
+            partial = reply.partial
+            answer = self._machine.receive_sum(
+                partial.examples, self._machine.key, partial.checksum(), lambda total: total.merge(partial)
+            )
+        else:
+            answer = self._machine.receive(reply.client, self._machine.key, reply.update)
         return getattr(answer, "message", None)
 
     def _aggregate(self) -> Aggregate | None:
@@ -329,6 +336,17 @@ class Federation:
 
     def _place(self, *parts: str | int) -> str:
         return record_key(parts[0], self._run, *parts[1:])
+
+
+def _claims(reply: Fitted | Summed | Failed) -> Iterator[tuple[str, Mapping[str, float], int]]:
+    """Each client of a reply, with its facts and training examples."""
+    match reply:
+        case Fitted(client, update):
+            yield client, update.facts, update.examples
+        case Summed(partial, facts):
+            yield from ((client, facts[client], examples) for client, examples in partial.examples.items())
+        case Failed(client):
+            yield client, {}, 0
 
 
 def _past_the_last(rounds: int) -> Begin:

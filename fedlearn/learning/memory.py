@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from fedlearn.arrays import Arrays
 from fedlearn.errors import StateError
@@ -41,11 +42,58 @@ class ClientMemory:
         if base == self.base:
             return self.state
         if base is None or base not in self.candidates:
-            raise StateError(
-                f"client memory: the server continues from {_named(base)}, this client has {_named(self.base)}",
-                hint="the client lost its memory of this run, or the server resumed an older state",
-            )
+            raise missing_base(base, self.base)
         return self.candidates[base]
+
+
+class Memories(Protocol):
+    """The memories of a simulation's clients. Calls for different clients may come from different threads."""
+
+    def at(self, client: str, base: Base | None) -> Arrays:
+        """As `ClientMemory.at`."""
+        ...
+
+    def peek(self, client: str, base: Base | None) -> Arrays:
+        """As `ClientMemory.peek`."""
+        ...
+
+    def keep(self, client: str, made: Base, state: Arrays) -> None:
+        """A candidate that was made in (round, attempt)."""
+        ...
+
+    def close(self) -> None:
+        """Free what is held."""
+        ...
+
+
+class MemoriesInRam:
+    """All of them in this process, gone with it."""
+
+    def __init__(self) -> None:
+        self._memories: dict[str, ClientMemory] = {}
+
+    def at(self, client: str, base: Base | None) -> Arrays:
+        return self._of(client).at(base)
+
+    def peek(self, client: str, base: Base | None) -> Arrays:
+        return self._of(client).peek(base)
+
+    def keep(self, client: str, made: Base, state: Arrays) -> None:
+        self._of(client).candidates[made] = state
+
+    def close(self) -> None:
+        self._memories.clear()
+
+    def _of(self, client: str) -> ClientMemory:
+        return self._memories.setdefault(client, ClientMemory())
+
+
+def missing_base(wanted: Base | None, have: Base | None) -> StateError:
+    """The error for a server that counts on a state which a client does not have."""
+    return StateError(
+        f"client memory: the server continues from {_named(wanted)}, this client has {_named(have)}",
+        hint="the client lost its memory of this run, or the server resumed an older state",
+    )
 
 
 def _named(base: Base | None) -> str:

@@ -18,7 +18,7 @@ after `commit` goes on with the next round. A machine opened on the journal stan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -235,6 +235,45 @@ class RoundMachine(Generic[P, A]):
             self._gone.add(client)
             return Rejected(Rejection.INVALID, f"client {client!r}: {error.message}")
         self._received[client] = checksum
+        if self._state is RoundState.REFILL and not self.waiting:
+            self._unmask()
+        return Accepted()
+
+    def receive_sum(
+        self, clients: Collection[str], key: ReleaseKey, checksum: str, merge: Callable[[A], None]
+    ) -> Accepted | Duplicate | Rejected:
+        """Take the sum of several clients' payloads, as a simulation makes it: all of them, or none.
+
+        Args:
+            clients: whose payloads are in it.
+            key: as in `receive`.
+            checksum: of the sum; it stands for each of its clients' payloads.
+            merge: adds it to the accumulator, or raises and leaves that as it was.
+        """
+        self._log.check_usable()
+        strangers = sorted(set(clients) - self._roster)
+        if strangers or not clients:
+            return Rejected(
+                Rejection.UNKNOWN_CLIENT, f"sum: clients {strangers[:3]} are not on run {self._run}'s roster"
+            )
+        if key != self.key:
+            return Rejected(Rejection.WRONG_KEY, f"sum: got {key}, expected {self.key}")
+        before = {self._received.get(client) for client in clients}
+        if before == {checksum}:
+            return Duplicate()
+        if self._state is RoundState.REFILL:
+            survivors = self._log.attempt.survivors or {}
+            before |= {None if survivors.get(client) == checksum else "" for client in clients}
+        if before != {None}:
+            return Rejected(Rejection.CHANGED, f"sum: other clients or bytes than before for {key}")
+        if self._state not in {RoundState.OPEN, RoundState.REFILL}:
+            return Rejected(Rejection.CLOSED, f"sum: {key} is {self._state.value}")
+        try:
+            merge(self._sum)
+        except UpdateError as error:
+            self._gone.update(clients)
+            return Rejected(Rejection.INVALID, f"sum: {error.message}")
+        self._received.update(dict.fromkeys(clients, checksum))
         if self._state is RoundState.REFILL and not self.waiting:
             self._unmask()
         return Accepted()

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fedlearn.errors import FedlearnError
 from fedlearn.learning import local
-from fedlearn.learning.backend import Failed, Fitted, Scored, Work
-from fedlearn.learning.memory import ClientMemory
+from fedlearn.learning.backend import Failed, Fitted, Scored, Work, raised
 from fedlearn.learning.postprocess import apply_on_client, chain_of
 from fedlearn.learning.task import build_model
+from fedlearn.simulation.states import ClientStates
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
-    from fedlearn.arrays import Array
+    from fedlearn.arrays import Arrays
     from fedlearn.learning.strategy import Strategy
     from fedlearn.learning.task import Population
     from fedlearn.study import Study
@@ -31,29 +28,41 @@ class SequentialBackend:
         population: everybody's data.
         strategy: the client rule.
         device: where to train.
+        states: the clients' memories, if they are to outlive this backend.
     """
 
     def __init__(
-        self, study: Study, population: Population, strategy: Strategy, device: torch.device | str = "cpu"
+        self,
+        study: Study,
+        population: Population,
+        strategy: Strategy,
+        device: torch.device | str = "cpu",
+        states: ClientStates | None = None,
     ) -> None:
         self._study, self._population, self._strategy = study, population, strategy
         self._chain = chain_of(study)
         self._model = build_model(population.task, study.seed).to(device)
-        self._memories: dict[str, ClientMemory] = {}
+        self._states = states if states is not None else ClientStates()
 
     def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:  # noqa: ARG002  # all are here
         return sorted(self._population.client_ids)
 
     def fit(self, work: Work) -> Iterator[Fitted | Failed]:
         for client in work.cohort:
+            state = self._state(work, client)
             try:
-                yield self._fit_one(work, client)
-            except FedlearnError as error:
-                yield Failed(client, error.message)
+                result = self.fit_one(work, client, state)
+                reply: Fitted | Failed = Fitted(client, apply_on_client(self._chain, result.update))
+            except Exception as error:  # a user's task may raise anything; the others' work goes on
+                yield raised(client, error)
+                continue
+            if self._strategy.stateful:
+                self._states.keep(client, (work.round, work.attempt), work.base.get(client), result.state)
+            yield reply
 
-    def _fit_one(self, work: Work, client: str) -> Fitted:
-        memory = self._memories.get(client, ClientMemory())
-        result = local.fit(
+    def fit_one(self, work: Work, client: str, state: Arrays) -> local.FitResult:
+        """One client's local training; raises whatever it raises."""
+        return local.fit(
             self._population.task,
             self._model,
             self._strategy,
@@ -62,35 +71,28 @@ class SequentialBackend:
             place=local.Place(self._study.seed, work.round, client),
             global_model=work.model,
             shared=work.shared,
-            state=memory.at(work.base.get(client)) if self._strategy.stateful else {},
+            state=state,
         )
-        if self._strategy.stateful:
-            memory.candidates[work.round, work.attempt] = result.state
-            self._memories[client] = memory
-        return Fitted(client, apply_on_client(self._chain, result.update))
 
     def evaluate(self, work: Work) -> Iterator[Scored | Failed]:
         for client in work.cohort:
+            state = self._state(work, client)
             try:
                 data = self._population.client(client).test
-                memory = self._memories.get(client, ClientMemory())
-                state = memory.peek(work.base.get(client)) if self._strategy.stateful else {}
-                weights = local.client_weights(self._strategy, work.model, work.shared, state)
                 metrics = local.evaluate(
                     self._population.task,
                     self._model,
                     self._study.train,
                     data,
-                    weights,
+                    local.client_weights(self._strategy, work.model, work.shared, state),
                     self._study.evaluate.batch_size,
                 )
                 yield Scored(client, metrics, len(data))
-            except FedlearnError as error:
-                yield Failed(client, error.message)
+            except Exception as error:  # as in `fit`
+                yield raised(client, error)
 
-    def states(self) -> Mapping[str, Mapping[str, Array]]:
-        """Each stateful client's base memory, for a checkpoint."""
-        return {client: dict(memory.state) for client, memory in self._memories.items()}
+    def _state(self, work: Work, client: str) -> Arrays:
+        return self._states.read(client, work.base.get(client)) if self._strategy.stateful else {}
 
     def close(self) -> None:
-        self._memories.clear()
+        self._states.close()

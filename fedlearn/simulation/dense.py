@@ -1,0 +1,134 @@
+"""Fully connected nets, many clients at a time: stacked matrices, with the backward pass written out.
+
+For small nets a step is all overhead. One batched product a layer serves every client of the block, and writing the backward pass out
+spares autograd's graph: only the task's loss, a function of the outputs, is differentiated by torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fedlearn.errors import UnsupportedError
+from fedlearn.learning.local import trainable
+from fedlearn.simulation.blocks import Layout, Stacked, StackedOptimizer, turn
+from fedlearn.simulation.chain import FUNCTIONS, Activation, Affine, Chain, Flatten, Kind, Linear
+from fedlearn.simulation.general import shares
+
+if TYPE_CHECKING:
+    from fedlearn.learning.strategy import Direction, Tensors
+    from fedlearn.learning.task import Task
+    from fedlearn.simulation.blocks import Block, StepPlan
+    from fedlearn.study import TrainTable
+
+
+class DenseTrainer:
+    """Linear layers and element-wise functions.
+
+    Args:
+        task: gives the loss of each example.
+        model: of the task's architecture, on the device to train on.
+        chain: the model's layers.
+        train: local hyper-parameters.
+
+    Raises:
+        UnsupportedError: another layer is among them.
+    """
+
+    def __init__(self, task: Task, model: torch.nn.Module, chain: Chain, train: TrainTable) -> None:
+        if not is_dense(chain):
+            raise UnsupportedError("dense trainer: expected linear layers and element-wise functions only")
+        parameters = trainable(model)
+        first = next(iter(parameters.values()))
+        self.layout = Layout.of(parameters)
+        self._task, self._train = task, train
+        self._device, self._dtype = first.device, first.dtype
+        self._flat = not isinstance(chain.layers[0], Flatten)
+        self._layers = tuple(layer for layer in chain.layers if isinstance(layer, Linear | Activation | Affine))
+
+    def run(self, initial: Tensors, direction: Direction | None, block: Block, plan: StepPlan) -> Stacked:
+        x, y = block.tensors(self._device, self._dtype)
+        x = x if self._flat else x.flatten(1)
+        weights = torch.empty(len(block.clients), self.layout.size, dtype=self._dtype, device=self._device)
+        self.layout.fill(weights, initial)
+        optimizer = StackedOptimizer(self._train, weights)
+        gradient = torch.zeros_like(weights)
+        loss_sums = torch.zeros(len(block.clients), dtype=torch.float64, device=self._device)
+        for step in range(plan.rows.shape[1]):
+            k = plan.active(step)
+            rows = torch.from_numpy(plan.rows[:k, step]).to(self._device)
+            share = shares(plan.sizes[:k, step], rows.shape[1], self._dtype, self._device)
+            now, found = weights[:k], gradient[:k]
+            losses = self._backward(x[rows], y[rows], share, self.layout.views(now), self.layout.views(found))
+            turn(direction, self.layout, gradient, weights, k)
+            optimizer.step(now, found)
+            loss_sums[:k] += (losses.double() * (share > 0)).sum(1)
+        return Stacked(weights, loss_sums.cpu().numpy(), np.sum(plan.sizes, axis=1))
+
+    def _backward(
+        self, x: torch.Tensor, y: torch.Tensor, share: torch.Tensor, weights: Tensors, gradients: Tensors
+    ) -> torch.Tensor:
+        """Write every client's gradient into `gradients`; returns the losses, shape (clients, batch)."""
+        values = self._forward(x, weights)
+        losses, back = self._loss(values[-1], y, share)
+        for i in range(len(self._layers) - 1, -1, -1):
+            layer, entered = self._layers[i], values[i]
+            if isinstance(layer, Linear):
+                torch.bmm(back.transpose(1, 2), entered, out=gradients[layer.weight])
+                if layer.bias is not None:
+                    torch.sum(back, dim=1, out=gradients[layer.bias])
+                if i:
+                    back = torch.bmm(back, weights[layer.weight])
+            elif isinstance(layer, Affine):
+                back = back * layer.scale
+            else:
+                back = _through(layer.kind, back, entered, values[i + 1])
+        return losses
+
+    def _forward(self, x: torch.Tensor, weights: Tensors) -> list[torch.Tensor]:
+        """What enters each layer, and the outputs."""
+        values = [x]
+        for layer in self._layers:
+            entered = values[-1]
+            if isinstance(layer, Linear):
+                matrix = weights[layer.weight].transpose(1, 2)
+                if layer.bias is None:
+                    values.append(torch.bmm(entered, matrix))
+                else:
+                    values.append(torch.baddbmm(weights[layer.bias][:, None], entered, matrix))
+            elif isinstance(layer, Affine):
+                values.append(layer.scale * entered + layer.shift)
+            else:
+                values.append(FUNCTIONS[layer.kind](entered))
+        return values
+
+    def _loss(self, outputs: torch.Tensor, y: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses, shape (clients, batch), and the gradient of their weighted sum with respect to the outputs."""
+        flat = outputs.flatten(0, 1).requires_grad_()
+        with torch.enable_grad():
+            losses = self._task.loss(flat, y.flatten(0, 1))
+        (back,) = torch.autograd.grad(losses, flat, share.flatten())
+        return losses.detach().view_as(share), back.view_as(outputs)
+
+
+def is_dense(chain: Chain) -> bool:
+    """True when a `DenseTrainer` can train it: a leading flatten, then linear layers and element-wise functions."""
+    rest = chain.layers[1:] if isinstance(chain.layers[0], Flatten) else chain.layers
+    return all(isinstance(layer, Linear | Activation | Affine) for layer in rest)
+
+
+def _through(kind: Kind, back: torch.Tensor, entered: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """The gradient before an element-wise function, from the one after it."""
+    match kind:
+        case Kind.RELU:
+            return torch.ops.aten.threshold_backward(back, left, 0)  # type: ignore[no-any-return]
+        case Kind.TANH:
+            return torch.ops.aten.tanh_backward(back, left)  # type: ignore[no-any-return]
+        case Kind.SIGMOID:
+            return torch.ops.aten.sigmoid_backward(back, left)  # type: ignore[no-any-return]
+        case Kind.GELU:
+            return torch.ops.aten.gelu_backward(back, entered)  # type: ignore[no-any-return]
+        case Kind.GELU_TANH:
+            return torch.ops.aten.gelu_backward(back, entered, approximate="tanh")  # type: ignore[no-any-return]
