@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 from fedlearn.arrays import Arrays
+from fedlearn.errors import FedlearnError
 from fedlearn.learning.collect import PartialSum
 from fedlearn.learning.update import Update
 
@@ -87,10 +89,23 @@ class Scored:
 
 @dataclass(frozen=True)
 class Failed:
-    """A client gave nothing in this exchange."""
+    """A client gave nothing in this exchange.
+
+    Args:
+        client: its id.
+        reason: why, in a sentence.
+        trace: of what its code raised, in a simulation; never sent by a site.
+    """
 
     client: str
     reason: str
+    trace: str = field(default="", repr=False)
+
+
+def raised(client: str, error: Exception) -> Failed:
+    """The reply for a client whose code raised, in this process."""
+    reason = error.message if isinstance(error, FedlearnError) else f"{type(error).__name__}: {error}"
+    return Failed(client, reason, "".join(traceback.format_exception(error)))
 
 
 class Backend(Protocol):

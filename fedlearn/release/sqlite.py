@@ -39,13 +39,14 @@ class SqliteJournal:
     Args:
         folder: made when missing, readable by its owner alone.
         inline_limit_bytes: larger values become files.
+        durable: False where the folder is thrown away with the process: nothing waits for the disk then.
 
     Raises:
         StateError: another process has it open, it is not a journal of this version, or the disk refuses.
     """
 
-    def __init__(self, folder: Path, *, inline_limit_bytes: int = INLINE_LIMIT_BYTES) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, inline_limit_bytes: int = INLINE_LIMIT_BYTES, durable: bool = True) -> None:
+        self._folder, self._durable = folder, durable
         self._inline_limit_bytes = inline_limit_bytes
         self._mutex = threading.Lock()
         self._database: sqlite3.Connection | None = None
@@ -54,7 +55,7 @@ class SqliteJournal:
             folder.chmod(0o700)
             self._lock = _lock(folder)
             try:
-                self._database = _open(folder / "journal.db")
+                self._database = _open(folder / "journal.db", durable)
                 for name in (folder, folder.parent):
                     _sync_folder(name)
                 self._sweep(self._database)
@@ -90,7 +91,7 @@ class SqliteJournal:
             database = self._connection()
             try:
                 rows = [(key, *self._stored(value)) for key, value in changes.items() if value is not None]
-                if any(file is not None for _, _, file, _ in rows):
+                if self._durable and any(file is not None for _, _, file, _ in rows):
                     _sync_folder(self._folder / "files")
                 database.execute("BEGIN IMMEDIATE")
                 try:
@@ -133,8 +134,9 @@ class SqliteJournal:
         handle = os.open(self._folder / "files" / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "wb") as file:
             file.write(value)
-            file.flush()
-            os.fsync(file.fileno())
+            if self._durable:
+                file.flush()
+                os.fsync(file.fileno())
         return None, name, checksum
 
     def _value(self, key: str, value: bytes | None, file: str | None, checksum: str) -> bytes:
@@ -181,22 +183,22 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path, durable: bool) -> sqlite3.Connection:
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
-        _prepare(database, path)
+        _prepare(database, path, durable)
     except BaseException:
         database.close()
         raise
     return database
 
 
-def _prepare(database: sqlite3.Connection, path: Path) -> None:
+def _prepare(database: sqlite3.Connection, path: Path, durable: bool) -> None:
     """Set what durability rests on, make the table in a new file, and refuse somebody else's."""
     (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         raise StateError(f"journal {path}: SQLite offers journal mode {mode!r}, expected wal")
-    database.execute("PRAGMA synchronous = FULL")
+    database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
     database.execute("PRAGMA fullfsync = 1")
     identity = _pragma(database, "application_id"), _pragma(database, "user_version")
     (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from fedlearn.learning import local
 from fedlearn.learning.backend import Failed, Fitted, Scored, Work, raised
+from fedlearn.learning.memory import Memories, MemoriesInRam
 from fedlearn.learning.postprocess import apply_on_client, chain_of
 from fedlearn.learning.task import build_model
-from fedlearn.simulation.states import ClientStates
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ class SequentialBackend:
         population: everybody's data.
         strategy: the client rule.
         device: where to train.
-        states: the clients' memories, if they are to outlive this backend.
+        memories: the clients', if they are to outlive this backend.
     """
 
     def __init__(
@@ -37,27 +37,27 @@ class SequentialBackend:
         population: Population,
         strategy: Strategy,
         device: torch.device | str = "cpu",
-        states: ClientStates | None = None,
+        memories: Memories | None = None,
     ) -> None:
         self._study, self._population, self._strategy = study, population, strategy
         self._chain = chain_of(study)
         self._model = build_model(population.task, study.seed).to(device)
-        self._states = states if states is not None else ClientStates()
+        self._memories = memories if memories is not None else MemoriesInRam()
 
     def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:  # noqa: ARG002  # all are here
         return sorted(self._population.client_ids)
 
     def fit(self, work: Work) -> Iterator[Fitted | Failed]:
         for client in work.cohort:
-            state = self._state(work, client)
+            state = self._memories.at(client, work.base.get(client)) if self._strategy.stateful else {}
             try:
                 result = self.fit_one(work, client, state)
-                reply: Fitted | Failed = Fitted(client, apply_on_client(self._chain, result.update))
+                reply = Fitted(client, apply_on_client(self._chain, result.update))
             except Exception as error:  # a user's task may raise anything; the others' work goes on
                 yield raised(client, error)
                 continue
             if self._strategy.stateful:
-                self._states.keep(client, (work.round, work.attempt), work.base.get(client), result.state)
+                self._memories.keep(client, (work.round, work.attempt), result.state)
             yield reply
 
     def fit_one(self, work: Work, client: str, state: Arrays) -> local.FitResult:
@@ -76,7 +76,7 @@ class SequentialBackend:
 
     def evaluate(self, work: Work) -> Iterator[Scored | Failed]:
         for client in work.cohort:
-            state = self._state(work, client)
+            state = self._memories.peek(client, work.base.get(client)) if self._strategy.stateful else {}
             try:
                 data = self._population.client(client).test
                 metrics = local.evaluate(
@@ -91,8 +91,5 @@ class SequentialBackend:
             except Exception as error:  # as in `fit`
                 yield raised(client, error)
 
-    def _state(self, work: Work, client: str) -> Arrays:
-        return self._states.read(client, work.base.get(client)) if self._strategy.stateful else {}
-
     def close(self) -> None:
-        self._states.close()
+        self._memories.close()
