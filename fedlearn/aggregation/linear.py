@@ -21,6 +21,8 @@ from fedlearn.errors import UpdateError
 
 QUANTUM_BITS: Final = 32
 """A coordinate is held in units of 2**-32."""
+FINE_QUANTUM_BITS: Final = 40
+"""For float64, whose users compare results to more digits; it leaves 2**23 for the sum of weight times value."""
 HEADROOM: Final = 2**63 - 1
 BLOCK: Final = 1 << 16
 """Values are converted this many at a time, so that a sum needs no copy of the update."""
@@ -147,6 +149,11 @@ class IntegerSum:
             raise UpdateError("mean: the total weight is 0; expected at least one client with examples")
         scale = float(self.weight) * 2.0**self.quantum_bits
         return {name: np.asarray(total / scale) for name, total in self._sums.items()}
+
+
+def quantum_bits_for(specs: Mapping[str, Spec]) -> int:
+    """The quantum that fits arrays of these dtypes."""
+    return FINE_QUANTUM_BITS if any(spec.dtype == "float64" for spec in specs.values()) else QUANTUM_BITS
 
 
 def _checked_weight(weight: object) -> int:

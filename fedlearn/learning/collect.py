@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from fedlearn.aggregation.linear import IntegerSum
+from fedlearn.aggregation.linear import IntegerSum, quantum_bits_for
 from fedlearn.aggregation.stack import UpdateStack
 from fedlearn.arrays import Arrays, Spec, specs_of
 from fedlearn.errors import UpdateError
@@ -72,7 +72,7 @@ class SumCollector:
 
     def __init__(self, strategy: Strategy, specs: Mapping[str, Spec]) -> None:
         self._releases = strategy.releases
-        self._sums = {release.name: IntegerSum(specs) for release in self._releases}
+        self._sums = {release.name: IntegerSum(specs, quantum_bits_for(specs)) for release in self._releases}
         self._clients: set[str] = set()
         self._examples = 0
 

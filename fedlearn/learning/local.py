@@ -220,15 +220,22 @@ def batch_rows(
         pass_name: of the pass.
         count: the client's training rows.
     """
-    generator = seeds.numpy_generator(place.seed, "batches", place.round, place.client, pass_name)
     steps = 0
-    for _ in range(train.epochs):
-        order = generator.permutation(count)
+    for order in epoch_orders(train, place, pass_name, count):
         for first in range(0, count, train.batch_size):
             if steps == train.max_steps:
                 return
             yield order[first : first + train.batch_size]
             steps += 1
+
+
+def epoch_orders(
+    train: TrainTable, place: Place, pass_name: str, count: int
+) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+    """The order of one client's rows in each epoch; see `batch_rows`."""
+    generator = seeds.numpy_generator(place.seed, "batches", place.round, place.client, pass_name)
+    for _ in range(train.epochs):
+        yield generator.permutation(count)
 
 
 def evaluate(

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlearn.learning.local import Place, batch_rows
+from fedlearn.learning.local import Place, epoch_orders
 
 if TYPE_CHECKING:
     from fedlearn.learning.strategy import Direction, Tensors
@@ -106,17 +106,21 @@ class StepPlan:
     def of(cls, train: TrainTable, block: Block, pass_name: str) -> StepPlan:
         """The same batches as the sequential oracle's, client by client."""
         counts = block.counts
-        steps = np.array([steps_of(train, int(n)) for n in counts], dtype=np.int64)
         size = min(train.batch_size, int(counts.max()))
+        per_epoch = -(-counts // train.batch_size)
+        steps = np.minimum(per_epoch * train.epochs, train.max_steps or np.iinfo(np.int64).max)
         first = np.cumsum(counts) - counts
-        rows = np.empty((len(counts), int(steps.max()), size), dtype=np.int64)
+        rows = np.empty((len(counts), int(per_epoch.max()) * train.epochs, size), dtype=np.int64)
         rows[:] = first[:, None, None]
-        sizes = np.zeros(rows.shape[:2], dtype=np.int64)
         for i, client in enumerate(block.clients):
-            batches = list(batch_rows(train, Place(block.seed, block.round, client), pass_name, int(counts[i])))
-            for t, batch in enumerate(batches):
-                rows[i, t, : len(batch)] = batch + first[i]
-                sizes[i, t] = len(batch)
+            n, each = int(counts[i]), int(per_epoch[i])
+            mine = rows[i, : each * train.epochs].reshape(train.epochs, each * size)
+            for epoch, order in enumerate(epoch_orders(train, Place(block.seed, block.round, client), pass_name, n)):
+                mine[epoch, :n] += order
+        rows = rows[:, : int(steps.max())]
+        step = np.arange(rows.shape[1])
+        left = counts[:, None] - train.batch_size * (step % per_epoch[:, None])
+        sizes = np.where(step < steps[:, None], np.minimum(left, size), 0)
         return cls(rows, sizes, steps)
 
     def active(self, step: int) -> int:

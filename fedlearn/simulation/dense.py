@@ -14,8 +14,9 @@ import torch
 from fedlearn.errors import UnsupportedError
 from fedlearn.learning.local import trainable
 from fedlearn.simulation.blocks import Layout, Stacked, StackedOptimizer, turn
-from fedlearn.simulation.chain import FUNCTIONS, Activation, Affine, Chain, Flatten, Kind, Linear
+from fedlearn.simulation.chain import Chain
 from fedlearn.simulation.general import shares
+from fedlearn.simulation.layers import FUNCTIONS, Activation, Affine, Flatten, Kind, Linear
 
 if TYPE_CHECKING:
     from fedlearn.learning.strategy import Direction, Tensors

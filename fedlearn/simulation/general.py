@@ -13,7 +13,7 @@ from fedlearn.simulation.blocks import Layout, Stacked, StackedOptimizer, turn
 if TYPE_CHECKING:
     from fedlearn.learning.strategy import Direction, Tensors
     from fedlearn.learning.task import Task
-    from fedlearn.simulation.blocks import Block, StepPlan
+    from fedlearn.simulation.blocks import Block, IntArray, StepPlan
     from fedlearn.study import TrainTable
 
 
@@ -62,10 +62,7 @@ class GeneralTrainer:
         return Stacked(weights, loss_sums, plan.sizes.sum(1))
 
 
-def shares(
-    sizes: np.ndarray[tuple[int, ...], np.dtype[np.int64]], width: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def shares(sizes: IntArray, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Each row's share in its client's mean loss, shape (clients, width): 1 / size, and 0 for what fills a batch up."""
-    counts = torch.from_numpy(sizes)[:, None]
-    inside = torch.arange(width)[None, :] < counts
-    return (inside / counts).to(dtype).to(device)
+    inside = np.arange(width) < sizes[:, None]
+    return torch.from_numpy(inside / sizes[:, None]).to(device, dtype)
