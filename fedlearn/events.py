@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from fedlearn.errors import StateError
 
@@ -27,9 +27,16 @@ class Event:
         Event.KINDS[cls.__name__] = cls
 
 
+MOST_NAMED: Final = 10_000
+"""Clients that a `RunStarted` names; of a larger population only these. A coordinator's link serves no more at a time."""
+
+
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """A run begins, or resumes after `rounds_done` rounds."""
+    """A run begins, or resumes after `rounds_done` rounds.
+
+    `clients` are those that are here at the start, `MOST_NAMED` at the most; `population` is how many there are.
+    """
 
     run: str
     study: str
@@ -38,6 +45,11 @@ class RunStarted(Event):
     clients: tuple[str, ...]
     parameters: int
     metric: str
+    population: int = 0
+
+    def __post_init__(self) -> None:
+        # A record that is older than the field has none.
+        object.__setattr__(self, "population", max(self.population, len(self.clients)))
 
 
 @dataclass(frozen=True)

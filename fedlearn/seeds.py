@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 _DOMAIN = b"fedlearn/seed/v1"
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def derive(run_seed: int, *path: str | int) -> int:
@@ -50,3 +52,37 @@ def torch_generator(run_seed: int, *path: str | int) -> torch.Generator:
     import torch
 
     return torch.Generator().manual_seed(derive(run_seed, *path))
+
+
+def hashed_bits(run_seed: int, numbers: npt.NDArray[np.int64], draws: int, *path: str | int) -> npt.NDArray[np.uint64]:
+    """Random bits for many clients at once: each one's are a function of the seed, the path and its own number.
+
+    SplitMix64 (Steele, Lea and Flood 2014, figure 16) twice: once for where a client's stream starts, once along the stream. A
+    generator a client would cost twenty microseconds, this costs nanoseconds.
+
+    Args:
+        run_seed: the study's seed.
+        numbers: of the clients, from 0, shape (n,).
+        draws: how many for each.
+        path: what is drawn and when.
+
+    Returns:
+        uint64, shape (n, draws).
+    """
+    key = np.uint64(derive(run_seed, *path))
+    starts = _mix(np.asarray(numbers).astype(np.uint64) * _GOLDEN + key)
+    return _mix(starts[:, None] + np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN)
+
+
+def hashed_uniform(
+    run_seed: int, numbers: npt.NDArray[np.int64], draws: int, *path: str | int
+) -> npt.NDArray[np.float64]:
+    """`hashed_bits` as numbers from 0 to below 1."""
+    high = hashed_bits(run_seed, numbers, draws, *path) >> np.uint64(11)
+    return high.astype(np.float64) * 2.0**-53
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -61,7 +61,7 @@ class TaskTable(_Table):
 class DataTable(_Table):
     """[data]: how examples become clients, and which of a client's rows are its test set."""
 
-    partition: Literal["natural", "iid", "dirichlet", "shards", "quantity", "feature_shift"] = "natural"
+    partition: Literal["natural", "iid", "dirichlet", "shards", "quantity", "feature_shift", "bootstrap"] = "natural"
     """How rows become clients; natural takes the clients that the data names."""
     clients: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """How many clients to make; not for the natural partition."""
@@ -143,7 +143,7 @@ class EvaluateTable(_Table):
     every: Annotated[int, Field(ge=0)] = 1
     """Every so many rounds, and after the last; 0 for never."""
     clients: Annotated[int, Field(ge=1)] | None = None
-    """At most so many clients, drawn anew each time; absent means everybody."""
+    """At most so many clients, drawn anew each time; absent means everybody, or 1000 of a larger population."""
     batch_size: Annotated[int, Field(ge=1)] = 1024
     """Examples at a time; changes speed and memory, not results."""
 

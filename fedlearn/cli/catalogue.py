@@ -189,13 +189,13 @@ def _print_entry(entry: TaskEntry) -> None:
 def _print_summary(summary: DataSummary) -> None:
     shape = " x ".join(map(str, summary.feature_shape)) or "one value"
     print(f"\n{summary.examples} examples of {shape}, {summary.missing:.1%} of the values missing;", end=" ")
-    print(f"{len(summary.clients)} clients, split: {summary.partition}\n")
+    print(f"{summary.population} clients, split: {summary.partition}\n")
     shown = summary.clients[:MOST_CLIENTS]
     labels = summary.labels if len(summary.labels) <= MOST_LABELS else ()
     rows = [(c.client_id, c.examples, *(c.labels if labels else ())) for c in shown]
     print_table(rows, ("client", "examples", *labels), indent="  ")
-    if len(shown) < len(summary.clients):
-        print(f"  ... and {len(summary.clients) - len(shown)} more; --json lists all")
+    if len(shown) < summary.population:
+        print(f"  ... and {summary.population - len(shown)} more; --json lists {len(summary.clients)}")
 
 
 def nature(card: TaskCard) -> str:

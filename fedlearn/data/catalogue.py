@@ -13,13 +13,16 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 
 from fedlearn.data.partition import make_partition
-from fedlearn.learning.task import Examples, IntArray, TaskCard
+from fedlearn.learning.rows import ClientRows, IntArray, in_order
+from fedlearn.learning.task import Examples, TaskCard
 from fedlearn.tasks import load_task, task_class, task_names
 
 EVERYBODY: Final = "everybody"
 NOT_SPLIT: Final = "none"
 MAX_CLASSES: Final = 100
 """More distinct labels than this are values, not classes."""
+MAX_SHARES: Final = 10_000
+"""Of more clients than this, so many are looked at, evenly spaced: a picture shows no more, and a million would take minutes."""
 
 
 class Availability(Enum):
@@ -76,7 +79,8 @@ class DataSummary:
         missing: share of raw feature values that are missing, 0 to 1.
         labels: names of the classes; empty where labels are no classes.
         partition: as in a study; "natural" for the clients that the data names, `NOT_SPLIT` for none.
-        clients: one entry each, in the order of their ids.
+        clients: one entry each, in the order of their ids; of more than `MAX_SHARES` clients, that many.
+        population: how many clients there are.
     """
 
     entry: TaskEntry
@@ -86,6 +90,7 @@ class DataSummary:
     labels: tuple[str, ...]
     partition: str
     clients: tuple[ClientShare, ...]
+    population: int
 
 
 def list_data() -> tuple[TaskEntry, ...]:
@@ -136,14 +141,21 @@ def summarise(
     task = load_task(name, options)
     examples = task.load(source)
     if partition is None and examples.client is None:
-        partition, rows = NOT_SPLIT, {EVERYBODY: np.arange(len(examples), dtype=np.int64)}
+        partition = NOT_SPLIT
+        rows: Mapping[str, IntArray] = {EVERYBODY: np.arange(len(examples), dtype=np.int64)}
     else:
         partition = partition or "natural"
         rows = make_partition(examples, partition, clients, seed, partition_options)
-    names, shares = _shares(examples, rows, task.label_names)
+    names, shares = _shares(examples, _looked_at(rows), task.label_names)
     x = examples.x
     missing = float(np.isnan(x).mean()) if x.dtype.kind == "f" and x.size else 0.0
-    return DataSummary(entry_of(name), len(examples), tuple(x.shape[1:]), missing, names, partition, shares)
+    return DataSummary(entry_of(name), len(examples), tuple(x.shape[1:]), missing, names, partition, shares, len(rows))
+
+
+def _looked_at(rows: Mapping[str, IntArray]) -> dict[str, IntArray]:
+    ids = rows.ids if isinstance(rows, ClientRows) else in_order(tuple(rows))
+    step = max(1, -(-len(ids) // MAX_SHARES))
+    return {client: rows[client] for client in (ids[number] for number in range(0, len(ids), step))}
 
 
 def _shares(

@@ -1,7 +1,8 @@
 """Partitions: which rows are whose. Each is a pure function of labels or features, a number of clients and a seed.
 
-Every partition returns one int64 array of row numbers a client, ascending; every row is used exactly once, and no client is
-empty. All are vectorised over the clients: a million clients take seconds.
+Every partition gives one int64 array of row numbers a client, ascending; every row is used exactly once, and no client is
+empty. All are vectorised over the clients and keep two numbers a client and row at most: a million clients take a second. The exception is
+`bootstrap`: its clients draw from the pool with replacement, share rows, and cost nothing.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlearn import seeds
+from fedlearn.data.bootstrap import BootstrapRows, bootstrap_rows
+from fedlearn.data.compact import CompactRows, Partition
 from fedlearn.errors import DataError, StudyError
-from fedlearn.learning.task import Examples, IntArray
+from fedlearn.learning.rows import ClientRows, IntArray, ListedIds, NumberedIds
+from fedlearn.learning.task import Examples
 
-Partition = tuple[IntArray, ...]
 
-
-def natural(client: npt.NDArray[np.str_]) -> dict[str, IntArray]:
+def natural(client: npt.NDArray[np.str_]) -> CompactRows:
     """The clients that the data itself names, in alphabetical order of their ids.
 
     Args:
         client: the natural client of each row, shape (n,).
     """
     names, owner = np.unique(client_ids(client), return_inverse=True)
-    return dict(zip(map(str, names), _rows_of(owner, len(names)), strict=True))
+    return CompactRows(ListedIds(names.tolist()), Partition.of_owners(owner, len(names)))
 
 
 def iid(rows: int, clients: int, seed: int) -> Partition:
@@ -37,7 +39,7 @@ def iid(rows: int, clients: int, seed: int) -> Partition:
     _enough(rows, clients, 1)
     owner = np.arange(rows, dtype=np.int64) % clients
     seeds.numpy_generator(seed, "partition", "iid").shuffle(owner)
-    return _rows_of(owner, clients)
+    return Partition.of_owners(owner, clients)
 
 
 def dirichlet(labels: npt.NDArray[Any], clients: int, seed: int, *, alpha: float = 0.5, min_size: int = 1) -> Partition:
@@ -62,7 +64,7 @@ def dirichlet(labels: npt.NDArray[Any], clients: int, seed: int, *, alpha: float
     for label in range(int(classes.max()) + 1):
         mine = g.permutation(np.flatnonzero(classes == label))
         owner[mine] = _spread(len(mine), _shares(g, clients, alpha))
-    return _rows_of(_level(owner, clients, min_size, g), clients)
+    return Partition.of_owners(_level(owner, clients, min_size, g), clients)
 
 
 def shards(labels: npt.NDArray[Any], clients: int, seed: int, *, shards_per_client: int = 2) -> Partition:
@@ -88,7 +90,7 @@ def shards(labels: npt.NDArray[Any], clients: int, seed: int, *, shards_per_clie
     holder = g.permutation(np.arange(count, dtype=np.int64) % clients)
     owner = np.empty(len(labels), dtype=np.int64)
     owner[by_label] = holder[shard]
-    return _rows_of(owner, clients)
+    return Partition.of_owners(owner, clients)
 
 
 def quantity(rows: int, clients: int, seed: int, *, alpha: float = 0.5, min_size: int = 1) -> Partition:
@@ -106,7 +108,7 @@ def quantity(rows: int, clients: int, seed: int, *, alpha: float = 0.5, min_size
     g = seeds.numpy_generator(seed, "partition", "quantity")
     owner = np.empty(rows, dtype=np.int64)
     owner[g.permutation(rows)] = _spread(rows, _shares(g, clients, alpha))
-    return _rows_of(_level(owner, clients, min_size, g), clients)
+    return Partition.of_owners(_level(owner, clients, min_size, g), clients)
 
 
 def feature_shift(
@@ -140,7 +142,39 @@ def feature_shift(
     order[mixed] = g.permutation(order[mixed])
     owner = np.empty(len(x), dtype=np.int64)
     owner[order] = np.arange(len(x), dtype=np.int64) * clients // len(x)
-    return _rows_of(owner, clients)
+    return Partition.of_owners(owner, clients)
+
+
+def bootstrap(
+    rows: int,
+    labels: npt.NDArray[Any],
+    clients: int,
+    seed: int,
+    *,
+    examples_per_client: int = 32,
+    alpha: float | None = None,
+) -> BootstrapRows:
+    """Each client draws rows of the pool by itself, with replacement: clients may outnumber rows, and none is stored.
+
+    Hsu, Qi and Brown 2019, section 3, without exhausting the pool. Test rows are set aside once for all clients, since they share rows.
+
+    Args:
+        rows: how many rows there are.
+        labels: class of each row, integer, shape (n,); not looked at without `alpha`.
+        clients: how many; a larger population begins with the clients of a smaller one.
+        seed: of the draws.
+        examples_per_client: rows of each client, training and test.
+        alpha: label skew: concentration of the Dirichlet distribution of a client's label shares around the pool's; None for none.
+    """
+    if examples_per_client < 1 or clients < 1:
+        raise StudyError(
+            f"bootstrap: got {clients} clients of {examples_per_client} examples, expected 1 or more of both"
+        )
+    _enough(rows, 1, 1)
+    if alpha is not None:
+        _positive("alpha", alpha)
+    classes = None if alpha is None else _class_ids(labels, "bootstrap")
+    return bootstrap_rows(rows, classes, clients, seed, examples_per_client=examples_per_client, alpha=alpha)
 
 
 _MADE: Final[Mapping[str, Callable[..., Partition]]] = {
@@ -157,6 +191,7 @@ _RULES: Final[Mapping[str, Callable[..., Any]]] = {
     "shards": shards,
     "quantity": quantity,
     "feature_shift": feature_shift,
+    "bootstrap": bootstrap,
 }
 
 
@@ -167,7 +202,7 @@ def partition_names() -> tuple[str, ...]:
 
 def make_partition(
     examples: Examples, name: str, clients: int | None, seed: int, options: Mapping[str, Any] | None = None
-) -> dict[str, IntArray]:
+) -> ClientRows:
     """A partition by its name (`[data]` in a study).
 
     Args:
@@ -192,14 +227,15 @@ def make_partition(
         if examples.client is None:
             raise DataError(
                 "natural partition: this data names no clients",
-                hint="choose partition = iid, dirichlet, shards, quantity or feature_shift",
+                hint="choose partition = iid, dirichlet, shards, quantity, feature_shift or bootstrap",
             )
         return natural(examples.client)
     if clients is None:
         raise StudyError(f"{name} partition: got no number of clients, expected clients = 1 or more")
+    if name == "bootstrap":
+        return bootstrap(len(examples), examples.y, clients, seed, **options)
     parts = _MADE[name](examples, clients, seed, **options)
-    width = max(4, len(str(clients - 1)))
-    return {f"client-{number:0{width}d}": rows for number, rows in enumerate(parts)}
+    return CompactRows(NumberedIds(clients), parts)
 
 
 def client_id(name: str) -> str:
@@ -237,18 +273,11 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
                 f"{name} partition: unknown option {key!r}",
                 hint=f"did you mean {near[0]!r}?" if near else f"valid options: {', '.join(valid) or 'none'}",
             )
-        whole = key in {"min_size", "shards_per_client", "feature"}
+        whole = key in {"min_size", "shards_per_client", "feature", "examples_per_client"}
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             raise StudyError(
                 f"{name} partition: option {key!r}: got {value!r}, expected a {'whole ' if whole else ''}number"
             )
-
-
-def _rows_of(owner: IntArray, clients: int) -> Partition:
-    """Each client's rows, ascending, from each row's owner."""
-    order = np.argsort(owner, kind="stable").astype(np.int64, copy=False)
-    ends = np.cumsum(np.bincount(owner, minlength=clients)).tolist()
-    return tuple(order[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _shares(g: np.random.Generator, clients: int, alpha: float) -> npt.NDArray[np.float64]:

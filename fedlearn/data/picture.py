@@ -34,10 +34,11 @@ def picture_of_split(summary: DataSummary, path: Path | None = None) -> Any:
         figsize=(9, max(2.6, 1.6 + 0.34 * len(summary.clients)) if draw is _bars else 5.5), layout="constrained"
     )
     draw(figure, summary)
+    shown = f" ({len(summary.clients):,} shown)" if len(summary.clients) < summary.population else ""
     synthetic = " (synthetic)" if summary.entry.card.synthetic else ""
     figure.suptitle(
-        f"{summary.entry.name}{synthetic}: {summary.examples:,} examples, {len(summary.clients):,} "
-        f"client{'' if len(summary.clients) == 1 else 's'}, "
+        f"{summary.entry.name}{synthetic}: {summary.examples:,} examples, {summary.population:,} "
+        f"client{'' if summary.population == 1 else 's'}{shown}, "
         f"{'not split' if summary.partition == NOT_SPLIT else summary.partition + ' partition'}",
         x=0.01,
         ha="left",

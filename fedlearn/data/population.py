@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedlearn import seeds
+from fedlearn.data.bootstrap import BootstrapRows
 from fedlearn.data.partition import make_partition
 from fedlearn.errors import DataError
 from fedlearn.learning.task import Population, Task
@@ -23,8 +25,12 @@ def build_population(study: Study, task: Task, source: Path | None = None) -> Po
         DataError: the data cannot be read, or cannot be split as the study asks.
     """
     examples = task.load(source)
-    rows = make_partition(examples, study.data.partition, study.data.clients, study.seed, study.data.options)
-    return Population(task, examples, rows, study.seed, study.data.folds, study.data.fold)
+    split = study.data
+    rows = make_partition(examples, split.partition, split.clients, study.seed, split.options)
+    if isinstance(rows, BootstrapRows) and split.folds > 1:
+        halves = task.split(examples, seeds.derive(study.seed, "split", "pool"), split.folds, split.fold)
+        rows = rows.set_aside(*halves, split.folds)
+    return Population(task, examples, rows, study.seed, split.folds, split.fold)
 
 
 def site_population(study: Study, task: Task, client_id: str, source: Path | None) -> Population:
@@ -42,11 +48,9 @@ def site_population(study: Study, task: Task, client_id: str, source: Path | Non
         if client_id not in whole.rows:
             raise DataError(
                 f"client {client_id!r} is not one of this study's {len(whole.rows)} clients",
-                hint=f"clients are {', '.join(list(whole.rows)[:8])}" + (" ..." if len(whole.rows) > 8 else ""),
+                hint=f"clients are {', '.join(whole.client_ids[:8])}" + (" ..." if len(whole.rows) > 8 else ""),
             )
-        return Population(
-            task, whole.examples, {client_id: whole.rows[client_id]}, study.seed, study.data.folds, study.data.fold
-        )
+        return whole.only(client_id)
     examples = task.load(source)
     rows = np.arange(len(examples), dtype=np.int64)
     if examples.client is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedlearn import seeds
+from fedlearn.learning.rows import in_order
 
 
 def pick_cohort(clients: Sequence[str], size: int | None, seed: int, *path: str | int) -> tuple[str, ...]:
     """Everybody, or a fixed number drawn without replacement.
 
-    A fixed-size draw is not Poisson sampling, and no privacy amplification is claimed for it.
+    A fixed-size draw is not Poisson sampling, and no privacy amplification is claimed for it. What it costs depends on the
+    cohort, not on the population, where ids are known to be sorted (`SortedIds`).
 
     Args:
         clients: study client ids.
@@ -21,8 +23,8 @@ def pick_cohort(clients: Sequence[str], size: int | None, seed: int, *path: str 
     Returns:
         Client ids, sorted.
     """
-    ordered = sorted(clients)
+    ordered = in_order(clients)
     if size is None or size >= len(ordered):
         return tuple(ordered)
     chosen = seeds.numpy_generator(seed, "cohort", *path).choice(len(ordered), size=size, replace=False)
-    return tuple(ordered[i] for i in sorted(chosen))
+    return tuple(ordered.at(i) for i in sorted(chosen.tolist()))

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.release.journal import Journal
     from fedlearn.study import Study
+
+
+EVALUATED_AT_MOST: Final = 1_000
+"""Clients of one evaluation where the study names no number."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,10 @@ class Federation:
                     self._study.name,
                     self._study.rounds,
                     self._state.round,
-                    tuple(clients),
+                    tuple(clients[: events.MOST_NAMED]),
                     sum(int(a.size) for a in self._state.model.values()),
                     self._metric,
+                    len(clients),
                 )
             )
             self._evaluate_if_due()
@@ -258,7 +263,11 @@ class Federation:
             return
         number = self._state.round
         clients = pick_cohort(
-            self._backend.clients(), self._study.evaluate.clients, self._study.seed, "evaluate", number
+            self._backend.clients(),
+            self._study.evaluate.clients or EVALUATED_AT_MOST,
+            self._study.seed,
+            "evaluate",
+            number,
         )
         # Under the name of the attempt that made this model: a site refuses an attempt earlier than one it has seen.
         at = self._machine.committed or AttemptId(number, 1)
@@ -297,24 +306,24 @@ class Federation:
         clients = self._wait_for_clients()
         return pick_cohort(clients, self._study.cohort.size, self._study.seed, "train", at.round)
 
-    def _gather(self) -> tuple[str, ...]:
+    def _gather(self) -> Sequence[str]:
         """The clients to start with. A resumed run gives those of its first start time to come back, so that it ends as it would have."""
         step = self._machine.next_step
         past = step == _past_the_last(self._study.rounds)
         if isinstance(step, RunOver) or (past and not self._evaluation_due()):
-            return tuple(self._backend.clients())
+            return self._backend.clients()
         here: Sequence[str] = ()
         if (known := self._journal.get(self._place("population"))) is not None:
             runtime = self._study.runtime
             here = self._backend.clients(int(known), min(runtime.wait_s, runtime.deadline_s))
-        return tuple(here) if past else self._wait_for_clients()
+        return here if past else self._wait_for_clients()
 
-    def _wait_for_clients(self) -> tuple[str, ...]:
+    def _wait_for_clients(self) -> Sequence[str]:
         table = self._study.cohort
         first = self._may_join and self._machine.next_step == Begin(AttemptId(1, 1))
         least = max(table.minimum, self._strategy.min_clients)
         needed = max(table.wait_for or table.size or 0, least) if first else least
-        clients = tuple(self._backend.clients(needed, self._study.runtime.wait_s))
+        clients = self._backend.clients(needed, self._study.runtime.wait_s)
         if len(clients) < needed:
             raise RunFailedError(
                 f"run {self._run}: {len(clients)} clients connected within {self._study.runtime.wait_s:g} s, needs {needed}",

@@ -10,22 +10,28 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlearn import seeds
 from fedlearn.errors import DataError
+from fedlearn.learning.cache import ByteCache
+from fedlearn.learning.rows import ClientRows, IntArray, gather, in_order
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
-IntArray = npt.NDArray[np.int64]
+CACHE_BYTES: Final = 256 * 1024 * 1024
+"""The most that prepared clients may take in memory; see `Population`."""
+_ENTRY_BYTES: Final = 1_000
+"""What a cached client costs beside its arrays."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,9 @@ class Task(ABC):
 
     name: ClassVar[str]
     card: ClassVar[TaskCard]
+    prepares_rows: ClassVar[bool] = True
+    """Whether `prepare` treats each row by itself, so that many clients may be prepared in one call. It is a promise of the class that
+    defines `prepare`, and is not inherited by one that defines its own."""
     keeps_rows: ClassVar[bool] = True
     """Whether `load` gives a file's rows in their order, so that each can be scored by itself."""
 
@@ -234,9 +243,15 @@ def time_ordered_fold(n: int, folds: int, fold: int) -> tuple[IntArray, IntArray
     return rows[:start], rows[start:end]
 
 
+def _size_bytes(data: ClientData) -> int:
+    return _ENTRY_BYTES + sum(array.nbytes for part in (data.train, data.test) for array in (part.x, part.y))
+
+
 @dataclass(frozen=True)
 class Population:
     """All clients of a study: raw examples, and each client's rows. Nothing per client but its indices.
+
+    May be used by several threads.
 
     Args:
         task: the task that reads and prepares.
@@ -253,26 +268,77 @@ class Population:
     seed: int
     folds: int = 5
     fold: int = 0
-    _cache: dict[str, ClientData] = field(default_factory=dict, repr=False, compare=False)
+    _cache: ByteCache[ClientData] = field(
+        default_factory=lambda: ByteCache(CACHE_BYTES, _size_bytes), init=False, repr=False, compare=False
+    )
 
-    CACHE_CLIENTS: ClassVar[int] = 256
-
-    @property
-    def client_ids(self) -> tuple[str, ...]:
-        """Client ids in a fixed order."""
-        return tuple(self.rows)
+    @cached_property
+    def client_ids(self) -> Sequence[str]:
+        """Client ids, sorted."""
+        return self.rows.ids if isinstance(self.rows, ClientRows) else in_order(tuple(self.rows))
 
     def client(self, client_id: str) -> ClientData:
-        """One client's prepared data; the last few clients are kept."""
-        if client_id not in self._cache:
-            if client_id not in self.rows:
-                raise DataError(f"client {client_id!r} is not in this population of {len(self.rows)} clients")
-            mine = self.examples.take(self.rows[client_id])
-            train, test = self.task.split(mine, seeds.derive(self.seed, "split", client_id), self.folds, self.fold)
-            if len(self._cache) >= self.CACHE_CLIENTS:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[client_id] = self.task.prepare(mine.take(train), mine.take(test))
-        return self._cache[client_id]
+        """One client's prepared data. Those used last are kept, `CACHE_BYTES` of them."""
+        found = self._cache.get(client_id)
+        return found if found is not None else self._cache.put(client_id, self._prepare(client_id))
+
+    def block(self, clients: Sequence[str]) -> list[Batch]:
+        """The training examples of several clients, as `client(...).train` gives them, made together where the task allows it."""
+        if not self._in_one or not clients:
+            return [self.client(client).train for client in clients]
+        rows, sizes = self._gather(clients)
+        train = self.task.prepare(self.examples.take(rows), self.examples.take(rows[:0])).train
+        ends = np.cumsum(sizes).tolist()
+        starts = [0, *ends[:-1]]
+        return [Batch(train.x[start:end], train.y[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+    def train_size(self, client_id: str) -> int:
+        """How many training examples a client has; what it costs to know is the split, at the most."""
+        if not self._in_one:
+            return len(self.client(client_id).train)
+        return int(self._gather((client_id,))[1][0])
+
+    def only(self, client_id: str) -> Self:
+        """One client's population; its data is what it is in this one."""
+        self._check(client_id)
+        rows = self.rows
+        return replace(
+            self, rows=rows.only(client_id) if isinstance(rows, ClientRows) else {client_id: rows[client_id]}
+        )
+
+    @cached_property
+    def _in_one(self) -> bool:
+        """Whether clients can be prepared in one call: no split of their own, and rows that are treated one by one."""
+        kind = type(self.task)
+        owner = next(one for one in kind.__mro__ if "prepare" in vars(one))
+        one_by_one = bool(vars(owner).get("prepares_rows", False))
+        held_out = isinstance(self.rows, ClientRows) and self.rows.holds_out
+        # A subclass that gives clients other data gives blocks of them that data too.
+        own_data = type(self).client is not Population.client
+        return one_by_one and not own_data and (held_out or (self.folds == 1 and kind.split is Task.split))
+
+    def _prepare(self, client_id: str) -> ClientData:
+        self._check(client_id)
+        take = self.examples.take
+        if isinstance(self.rows, ClientRows) and self.rows.holds_out:
+            train, test = self.rows.halves(client_id)
+            return self.task.prepare(take(train), take(test))
+        mine = take(self.rows[client_id])
+        train, test = self.task.split(mine, seeds.derive(self.seed, "split", client_id), self.folds, self.fold)
+        return self.task.prepare(mine.take(train), mine.take(test))
+
+    def _gather(self, clients: Sequence[str]) -> tuple[IntArray, IntArray]:
+        try:
+            return gather(self.rows, clients)
+        except KeyError as error:
+            raise self._unknown(error.args[0]) from None
+
+    def _check(self, client: str) -> None:
+        if client not in self.rows:
+            raise self._unknown(client)
+
+    def _unknown(self, client: str) -> DataError:
+        return DataError(f"client {client!r} is not in this population of {len(self.rows)} clients")
 
 
 _GENERATOR = threading.Lock()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -92,8 +93,8 @@ class Together(Population):
         parts = [super(Together, self).client(one) for one in self.rows]
         return ClientData(_join([part.train for part in parts]), _join([part.test for part in parts]))
 
-    @property
-    def client_ids(self) -> tuple[str, ...]:
+    @cached_property
+    def client_ids(self) -> Sequence[str]:
         return (_POOLED,)
 
 
@@ -129,9 +130,8 @@ def compare(study: Study, federated: bytes | None = None) -> Comparison:
         return found.get(task.card.metric, float("nan"))
 
     scores = {}
-    for client, rows in population.rows.items():
-        mine = dataclasses.replace(population, rows={client: rows})
-        own = simulate_population(alone, mine).weights
+    for client in population.client_ids:
+        own = simulate_population(alone, population.only(client)).weights
         scores[client] = dict(zip(WAYS, (score(w, client) for w in (own, simulated, pooled)), strict=True))
     return Comparison(
         task.card.metric,

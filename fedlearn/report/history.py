@@ -8,23 +8,26 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fedlearn.errors import DataError
 
-_COLUMNS = ("round", "clients", "dropped", "attempt", "seconds", "train_loss", "update_norm")
+MAX_CLIENT_COLUMNS: Final = 1_000
+"""Of more clients than this none has a column of its own: a population that is drawn from anew each round would have millions."""
+_COLUMNS: Final = ("round", "clients", "dropped", "attempt", "seconds", "train_loss", "update_norm")
 
 
 class History(Sequence[Mapping[str, Any]]):
     """One row a round.
 
     Columns are what the round's record holds, `metrics` flattened to one column each, and `METRIC@CLIENT` for the primary metric of
-    each client. A round without an evaluation has None there.
+    each client, as long as these are at most `MAX_CLIENT_COLUMNS`. A round without an evaluation has None there.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
         self.metric = metric
-        self._rows = [_flatten(row, metric) for row in rows]
+        clients = {client for row in rows for client in row.get("clients_metrics", {})}
+        self._rows = [_flatten(row, metric, by_client=len(clients) <= MAX_CLIENT_COLUMNS) for row in rows]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -105,10 +108,10 @@ class History(Sequence[Mapping[str, Any]]):
             yield "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
 
 
-def _flatten(row: Mapping[str, Any], metric: str) -> dict[str, Any]:
+def _flatten(row: Mapping[str, Any], metric: str, *, by_client: bool) -> dict[str, Any]:
     flat = {key: value for key, value in row.items() if key not in {"metrics", "clients_metrics"}}
     flat.update({name: value for name, value in row.get("metrics", {}).items() if name not in flat})
-    for client, metrics in row.get("clients_metrics", {}).items():
+    for client, metrics in row.get("clients_metrics", {}).items() if by_client else ():
         flat[f"{metric}@{client}"] = metrics.get(metric)
     return flat
 

@@ -9,6 +9,7 @@ from fedlearn.learning import local
 from fedlearn.learning.backend import Failed, Fitted, Scored, Work, raised
 from fedlearn.learning.memory import Memories, MemoriesInRam
 from fedlearn.learning.postprocess import apply_on_client, chain_of
+from fedlearn.learning.rows import in_order
 from fedlearn.learning.task import build_model
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class SequentialBackend:
         self._memories = memories if memories is not None else MemoriesInRam()
 
     def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:  # noqa: ARG002  # all are here
-        return sorted(self._population.client_ids)
+        return in_order(self._population.client_ids)
 
     def fit(self, work: Work) -> Iterator[Fitted | Failed]:
         for client in work.cohort:

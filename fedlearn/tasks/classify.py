@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy.typing as npt
 
@@ -29,6 +29,8 @@ class Classification(Task):
 
 class ImageClassification(Classification):
     """uint8 images, fed to the model as values from -1 to 1."""
+
+    prepares_rows: ClassVar[bool] = True
 
     def prepare(self, train: Examples, test: Examples) -> ClientData:
         return ClientData(Batch(scaled(train.x), train.y), Batch(scaled(test.x), test.y))

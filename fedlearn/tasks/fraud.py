@@ -20,7 +20,8 @@ from fedlearn.data.payments import FEATURE_NAMES, LABEL_DELAY_DAYS, payment_feat
 from fedlearn.data.synthetic.fraud import DAY_S, FraudParameters, Transactions, fraud_synthetic
 from fedlearn.data.tables import read_table
 from fedlearn.learning.metrics import average_precision, roc_auc
-from fedlearn.learning.task import Batch, ClientData, Examples, IntArray, Task, TaskCard, time_ordered_fold
+from fedlearn.learning.rows import IntArray
+from fedlearn.learning.task import Batch, ClientData, Examples, Task, TaskCard, time_ordered_fold
 
 if TYPE_CHECKING:
     import torch

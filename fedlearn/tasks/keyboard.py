@@ -18,7 +18,8 @@ from fedlearn.data.messages import OWN, PACKAGE, chitchat, read_messages
 from fedlearn.data.partition import client_ids
 from fedlearn.errors import DataError
 from fedlearn.learning.metrics import accuracy
-from fedlearn.learning.task import Batch, ClientData, Examples, IntArray, Task, TaskCard, time_ordered_fold
+from fedlearn.learning.rows import IntArray
+from fedlearn.learning.task import Batch, ClientData, Examples, Task, TaskCard, time_ordered_fold
 
 if TYPE_CHECKING:
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlearn.learning.cohort import pick_cohort
+from fedlearn.learning.rows import NumberedIds
 
 CLIENTS = st.lists(st.text(min_size=1, max_size=4), unique=True, max_size=12)
 
@@ -34,6 +36,16 @@ def test_every_client_is_drawn_equally_often():
 def test_rounds_purposes_and_seeds_draw_apart(other):
     clients = [f"c{i}" for i in range(50)]
     assert pick_cohort(clients, 10, *other) != pick_cohort(clients, 10, 1, "train", 1)
+
+
+def test_of_a_million_only_the_cohort_is_named():
+    ids = NumberedIds(1_000_000)
+    cohort = pick_cohort(ids, 1000, 5, "train", 1)
+    assert cohort == pick_cohort([*reversed(ids)], 1000, 5, "train", 1)
+    began = time.process_time()
+    for number in range(10):
+        pick_cohort(ids, 1000, 5, "train", number)
+    assert time.process_time() - began < 1, "ten milliseconds, most of them for the names"
 
 
 def test_a_pinned_draw():
