@@ -78,13 +78,13 @@ class BatchedBackend:
         if self._plan is None:
             example = _some_rows(self._population, cohort)
             if example is None:
-                return TrainingPlan(Way.ONE_BY_ONE, 1, "no client of this cohort has training rows")
+                return TrainingPlan(Way.SEQUENTIAL, 1, "no client of this cohort has training rows")
             self._plan = plan_training(self._population.task, self._model, self._study, example)
         return self._plan
 
     def fit(self, work: Work) -> Iterator[Fitted | Summed | Failed]:
         plan = self.plan(work.cohort)
-        if plan.way is Way.ONE_BY_ONE:
+        if plan.way is Way.SEQUENTIAL:
             yield from self._sequential.fit(work)
             return
         for replies in self._in_order(lambda block: self._fit_block(plan, work, block), work.cohort, plan.block):

@@ -96,11 +96,13 @@ class StepPlan:
         rows: row numbers in the block's rows, shape (clients, steps, batch); a short batch is filled up with the client's first row.
         sizes: how many of them count, shape (clients, steps); 0 once a client has finished.
         steps: steps of each client, shape (clients,), falling.
+        name: of the pass.
     """
 
     rows: IntArray
     sizes: IntArray
     steps: IntArray
+    name: str
 
     @classmethod
     def of(cls, train: TrainTable, block: Block, pass_name: str) -> StepPlan:
@@ -121,7 +123,7 @@ class StepPlan:
         step = np.arange(rows.shape[1])
         left = counts[:, None] - train.batch_size * (step % per_epoch[:, None])
         sizes = np.where(step < steps[:, None], np.minimum(left, size), 0)
-        return cls(rows, sizes, steps)
+        return cls(rows, sizes, steps, pass_name)
 
     def active(self, step: int) -> int:
         """How many clients take this step: the first so many of the block."""

@@ -31,6 +31,8 @@ class GeneralTrainer:
         self.layout = Layout.of(parameters)
         self._train = train
         first = next(iter(parameters.values()))
+        # An operator without a batching rule is done in a loop: exact, and of no use to a user to be told.
+        torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]  # noqa: SLF001  # no public way
         self._device, self._dtype = first.device, first.dtype
         model.train()
 

@@ -15,6 +15,7 @@ from fedlearn.simulation.blocks import Block, StepPlan
 from fedlearn.simulation.chain import Chain, NotAChain, chain_of
 from fedlearn.simulation.dense import DenseTrainer, is_dense
 from fedlearn.simulation.general import GeneralTrainer
+from fedlearn.simulation.single import SingleTrainer
 
 if TYPE_CHECKING:
     from fedlearn.learning.task import Batch, Task
@@ -28,15 +29,18 @@ class Way(StrEnum):
     DENSE = "dense"
     CONVOLUTION = "convolution"
     GENERAL = "general"
-    ONE_BY_ONE = "one by one"
+    SINGLE = "single"
+    SEQUENTIAL = "sequential"
 
 
 STACK_BYTES: Final = 128 * 1024**2
 """What the stacked weights, gradients and optimiser state of one block may take."""
-MOST_CLIENTS: Final = {Way.DENSE: 100, Way.CONVOLUTION: 10, Way.GENERAL: 32, Way.ONE_BY_ONE: 1}
+MOST_CLIENTS: Final = {Way.DENSE: 100, Way.CONVOLUTION: 10, Way.GENERAL: 32}
 """Clients of a block; measured in benchmarks/results/simulation.md."""
 COPIES: Final = 6
 """Stacks of the weights' size that a block needs at most: weights, gradient, two moments, one temporary, the delta."""
+VMAP_PARAMETERS: Final = 100_000
+"""Above this, one client's step keeps a CPU core busy by itself, and vmap's larger stacks only leave the cache."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class TrainingPlan:
 
             assert self.chain is not None
             return ConvTrainer(task, model, self.chain, study.train)
-        return GeneralTrainer(task, model, study.train)
+        return (GeneralTrainer if self.way is Way.GENERAL else SingleTrainer)(task, model, study.train)
 
 
 def plan_training(task: Task, model: torch.nn.Module, study: Study, example: Batch) -> TrainingPlan:
@@ -78,22 +82,26 @@ def plan_training(task: Task, model: torch.nn.Module, study: Study, example: Bat
         study: its [train] table matters.
         example: some training rows, at least one and better three different ones; the model is tried on them.
     """
+    tried = _try(task, model, example)
+    if tried.drew:
+        return TrainingPlan(Way.SEQUENTIAL, 1, "the model draws random numbers in training, each client its own")
     if study.train.precision == "bfloat16":
-        return _one_by_one("bfloat16 autocast rounds differently in a batch of another shape")
-    reason = _unfit(task, model, example)
-    if reason:
-        return _one_by_one(reason)
+        return TrainingPlan(Way.SINGLE, 1, "bfloat16 rounds differently in a batch of another shape")
+    if tried.reason:
+        return TrainingPlan(Way.SINGLE, 1, tried.reason)
     chain = chain_of(model)
     device = next(model.parameters()).device
     if isinstance(chain, Chain) and is_dense(chain):
         return _plan(Way.DENSE, model, "linear layers and element-wise functions: stacked, own backward pass", chain)
     if isinstance(chain, Chain) and device.type == "cpu":
         return _plan(Way.CONVOLUTION, model, "a chain with convolutions on a CPU: client by client, fused", chain)
-    why = chain.reason if isinstance(chain, NotAChain) else f"convolutions on {device}"
+    count = sum(p.numel() for p in trainable(model).values())
+    if device.type == "cpu" and count > VMAP_PARAMETERS:
+        return TrainingPlan(Way.SINGLE, 1, f"{count} parameters: a client by itself keeps a CPU core busy")
     reason = _vmap_fails(task, model, study, example)
     if reason:
-        return _one_by_one(reason)
-    return _plan(Way.GENERAL, model, f"vmap over clients ({why})")
+        return TrainingPlan(Way.SINGLE, 1, reason)
+    return _plan(Way.GENERAL, model, chain.reason if isinstance(chain, NotAChain) else f"convolutions on {device}")
 
 
 def _plan(way: Way, model: torch.nn.Module, reason: str, chain: Chain | None = None) -> TrainingPlan:
@@ -102,29 +110,33 @@ def _plan(way: Way, model: torch.nn.Module, reason: str, chain: Chain | None = N
     return TrainingPlan(way, max(1, min(MOST_CLIENTS[way], fitting)), reason, chain)
 
 
-def _one_by_one(reason: str) -> TrainingPlan:
-    return TrainingPlan(Way.ONE_BY_ONE, 1, reason)
+@dataclass(frozen=True)
+class _Tried:
+    """What a trial of a model showed: whether it draws, and why its clients' examples may not share a batch."""
+
+    drew: bool = False
+    reason: str = ""
 
 
-def _unfit(task: Task, model: torch.nn.Module, example: Batch) -> str:
-    """Why clients' examples may not share a batch with others or with fillers; empty when they may."""
+def _try(task: Task, model: torch.nn.Module, example: Batch) -> _Tried:
     x, y = _three_rows(model, example)
     model.train()
     before = torch.get_rng_state()
     try:
         with torch.no_grad():
             three, two = task.loss(model(x), y), task.loss(model(x[:2]), y[:2])
-    except Exception as error:  # whatever a user's model raises; training it by itself will say so again
-        return f"the model cannot be tried: {_first_line(error)}"
-    drew = not torch.equal(before, torch.get_rng_state())
-    torch.set_rng_state(before)
-    if drew:
-        return "the model draws random numbers in training, each client its own"
+    except Exception as error:  # whatever a user's model raises; training it will say so again
+        return _Tried(reason=f"the model cannot be tried: {_first_line(error)}")
+    finally:
+        after = torch.get_rng_state()
+        torch.set_rng_state(before)
+    if not torch.equal(before, after):
+        return _Tried(drew=True)
     if three.shape != (3,):
-        return f"the loss has shape {tuple(three.shape)}, expected one for each example"
+        return _Tried(reason=f"the loss has shape {tuple(three.shape)}, expected one for each example")
     if not torch.allclose(three[:2], two, rtol=1e-4, atol=1e-6):
-        return "an example's loss depends on the others of its batch"
-    return ""
+        return _Tried(reason="an example's loss depends on the others of its batch")
+    return _Tried()
 
 
 def _vmap_fails(task: Task, model: torch.nn.Module, study: Study, example: Batch) -> str:

@@ -167,7 +167,10 @@ class BlockRunner:
         facts: list[dict[str, float]],
     ) -> list[Fitted | Summed | Failed]:
         """Postprocess and sum the updates: raw ones stay here."""
-        if self._strategy.linear and all(isinstance(step, ClipL2) for step in self._chain):
+        summable = self._strategy.linear and all(isinstance(step, ClipL2) for step in self._chain)
+        if (
+            summable and len(members) > 1
+        ):  # one client's own update is added as the sequential backend's is, bit for bit
             try:
                 return [self._sum(layout, members, releases, facts)]
             except UpdateError:  # somebody's is not finite or too large: by itself it is refused by name
