@@ -16,11 +16,13 @@ import reprlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
+from fedlearn.environment import EnvironmentTable
 from fedlearn.errors import StudyError
+from fedlearn.strict import STRICT
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -46,7 +48,7 @@ Options = Annotated[dict[str, Any], AfterValidator(_json_only)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = STRICT
 
 
 class TaskTable(_Table):
@@ -180,6 +182,13 @@ class Study(_Table):
     update: UpdateTable = UpdateTable()
     evaluate: EvaluateTable = EvaluateTable()
     runtime: RuntimeTable = RuntimeTable()
+    environment: EnvironmentTable | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        if self.environment is not None and self.environment.over_selection > 1 and self.cohort.size is None:
+            raise ValueError("environment.over_selection: needs a cohort.size; everybody is asked without one")
+        return self
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, every default written out."""
@@ -283,13 +292,23 @@ def _override_of(overrides: Sequence[str], where: tuple[str, ...]) -> str:
 
 
 def _known_keys(path: tuple[str, ...]) -> list[str]:
-    model: type[BaseModel] = Study
-    for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+    model: type[BaseModel] | None = Study
+    parts = iter(path)
+    for part in parts:
+        if model is None or part not in model.model_fields:
             return []
-        model = annotation
-    return list(model.model_fields)
+        model, named = table_of(model.model_fields[part].annotation)
+        if named:
+            next(parts, None)
+    return [] if model is None else list(model.model_fields)
+
+
+def table_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The table that a key holds, if it holds one, and whether it holds one under each name of the user's choice."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part, get_origin(annotation) is dict
+    return None, False
 
 
 def _line_of(text: str, path: tuple[str, ...]) -> int | None:

@@ -151,9 +151,9 @@ def pages() -> dict[Path, str]:
 def _keys(table: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     texts, hints = _docstrings(table), get_type_hints(table, include_extras=True)
     for name, info in table.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _keys(kind, f"{prefix}{name}.")
+        kind, by_name = study.table_of(info.annotation)
+        if kind is not None:
+            yield from _keys(kind, f"{prefix}{name}.NAME." if by_name else f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", _in_words(hints[name]), _default(info), texts.get(name, "")
 

@@ -21,7 +21,8 @@ def test_every_key_of_a_study_is_listed_with_a_text():
             else:
                 yield f"{prefix}{name}"
 
-    study = Study.model_validate({"name": "x", "rounds": 1, "task": {"name": "y"}})
+    environment = {"devices": {"NAME": {}}}
+    study = Study.model_validate({"name": "x", "rounds": 1, "task": {"name": "y"}, "environment": environment})
     assert set(leaves(study.model_dump())) == set(listed)
     assert [key for key, text in listed.items() if not text] == []
 
