@@ -40,6 +40,9 @@ add(
     "fedlearn simulate simulations/heart.toml",
     "fedlearn simulate simulations/heart.toml --rounds 5 --set strategy.name=fedprox",
     "fedlearn simulate simulations/heart.toml --json --out runs/first",
+    "fedlearn simulate --resume runs/first",
+    "fedlearn simulate simulations/heart.toml --profile",
+    "fedlearn simulate simulations/heart.toml --inline cleveland --round 3",
 )
 add(
     app,

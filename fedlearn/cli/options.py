@@ -20,6 +20,18 @@ Overrides = Annotated[
 AppFolder = Annotated[
     Path | None, typer.Option("--app", metavar="DIR", help="A folder with tasks of your own, or a whole Flower App.")
 ]
+Data = Annotated[
+    Path | None, typer.Option("--data", metavar="PATH", help="Everybody's data, in place of what ships with the task.")
+]
+Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda:N; cpu without it.")]
+BackendName = Annotated[
+    str | None,
+    typer.Option("--backend", metavar="NAME", help="How clients are trained: auto, batched, sequential, ray."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, metavar="N", help="Trained at the same time; as many as cores without it."),
+]
 Server = Annotated[
     str, typer.Option("--server", metavar="HOST:PORT", envvar=SERVER_VARIABLE, help="Where the coordinator listens.")
 ]

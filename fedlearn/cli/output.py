@@ -13,11 +13,13 @@ def print_json(value: Any) -> None:
     print(json.dumps(_plain(value), indent=2, default=str))
 
 
-def print_table(rows: Sequence[Sequence[Any]], header: Sequence[str], indent: str = "") -> None:
-    """Aligned columns: text to the left, numbers to the right."""
+def print_table(
+    rows: Sequence[Sequence[Any]], header: Sequence[str], indent: str = "", right: Sequence[int] = ()
+) -> None:
+    """Aligned columns: text to the left, numbers and the columns named in `right` to the right."""
     cells = [[cell(value) for value in row] for row in rows]
     numeric = [
-        all(isinstance(row[i], int | float) or row[i] is None for row in rows) and bool(rows)
+        i in right or (all(isinstance(row[i], int | float) or row[i] is None for row in rows) and bool(rows))
         for i in range(len(header))
     ]
     widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]

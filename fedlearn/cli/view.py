@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -17,8 +18,14 @@ from fedlearn.cli.output import cell
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from fedlearn.simulation.failures import ClientFailure
+
 MOST_ROWS: Final = 40
 """On a terminal a longer run shows every n-th row only; a pipe gets them all."""
+REDRAW_S: Final = 0.1
+"""Clients may end by the thousand a second; the bar need not know of each."""
+MOST_TRACES: Final = 3
+"""Tracebacks that are shown; each is in the run folder."""
 _WIDTHS: Final = (7, 9, 9, 11, 10)
 
 
@@ -42,6 +49,9 @@ class RunView:
         self.ended: events.RunFinished | events.RunStopped | events.RunFailed | None = None
         self.rounds_done = 0
         self.round_rows: list[dict[str, Any]] = []
+        self._trained = self._of_round = self._cohort = 0
+        self._rounds_s = self._drawn_s = 0.0
+        self._raised = 0
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +68,18 @@ class RunView:
         """The task's primary metric."""
         return self.started.metric if self.started is not None else "metric"
 
+    @property
+    def clients_per_s(self) -> float:
+        """Local trainings a second of the rounds that ended."""
+        return self._trained / self._rounds_s if self._rounds_s > 0 else 0.0
+
+    def client_raised(self, failure: ClientFailure) -> None:
+        """Show where a client's code raised; only the first few times, since the others are much the same."""
+        self._raised += 1
+        if self._raised <= MOST_TRACES:
+            self._aside(f"client {failure.client} raised in round {failure.round} ({failure.exchange}):")
+            self._aside("\n".join(f"  {line}" for line in failure.excerpt().splitlines()))
+
     def take(self, event: events.Event) -> None:
         """Show one event."""
         match event:
@@ -65,15 +87,23 @@ class RunView:
                 self._start(event)
             case events.RoundStarted():
                 self._flush()
+                self._of_round, self._cohort = 0, event.cohort_size
                 if event.attempt > 1:
                     self._line(f"  round {event.round}: attempt {event.attempt}")
+            case events.ClientFinished():
+                self._of_round += 1
+                self._advance(seldom=True)
             case events.ClientDropped():
+                self._of_round += 1
                 self._line(f"  round {event.round}: {event.client} is out: {event.reason}")
             case events.RoundVoid():
                 self._line(f"  round {event.round}: void: {event.reason}")
             case events.RoundFinished():
                 self._flush()
                 self._pending, self.rounds_done = event, event.round
+                self._of_round = 0
+                self._trained += event.clients
+                self._rounds_s += event.seconds
                 self._advance()
             case events.Evaluated():
                 self.evaluated = event
@@ -92,19 +122,27 @@ class RunView:
         if self._bar and self._progress is None:
             self._progress = _make_progress()
             self._progress.start()
-            self._task = self._progress.add_task(event.study, total=event.rounds, metric="")
+            self._task = self._progress.add_task(event.study, total=event.rounds, round="0", metric="", speed="")
         self._advance()
         if again:
             self._line(f"  resumed after round {event.rounds_done}")
             return
-        self._line(f"{event.study}: {len(event.clients)} clients, {event.rounds} rounds, {event.parameters} parameters")
+        self._line(f"{event.study}: {event.population} clients, {event.rounds} rounds, {event.parameters} parameters")
         self._line(_row("round", "clients", "seconds", "train loss", event.metric))
 
-    def _advance(self) -> None:
-        if self._progress is not None:
-            value = self.evaluated.mean.get(self.metric, math.nan) if self.evaluated is not None else math.nan
-            shown = "" if math.isnan(value) else f"{self.metric} {value:.4f}"
-            self._progress.update(self._task, completed=self.rounds_done, metric=shown)
+    def _advance(self, *, seldom: bool = False) -> None:
+        now = time.monotonic()
+        if self._progress is None or (seldom and now - self._drawn_s < REDRAW_S):
+            return
+        self._drawn_s = now
+        value = self.evaluated.mean.get(self.metric, math.nan) if self.evaluated is not None else math.nan
+        shown = "" if math.isnan(value) else f"{self.metric} {value:.4f}"
+        speed = f"{self.clients_per_s:.3g} clients/s" if self._rounds_s else ""
+        # A round that is under way counts for as much of it as is done: a long one moves the bar and the time left too.
+        part = min(self._of_round / self._cohort, 1.0) if self._cohort else 0.0
+        self._progress.update(
+            self._task, completed=self.rounds_done + part, round=str(self.rounds_done), metric=shown, speed=speed
+        )
 
     def _flush(self, mean: Mapping[str, float] | None = None) -> None:
         done, self._pending = self._pending, None
@@ -136,6 +174,13 @@ class RunView:
         else:
             print(text, flush=True)
 
+    def _aside(self, text: str) -> None:
+        """To standard error, above the bar if there is one."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
 
 def _row(*cells: Any) -> str:
     return "".join(cell(value).rjust(width) for value, width in zip(cells, _WIDTHS, strict=True))
@@ -145,7 +190,6 @@ def _make_progress() -> Progress:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeElapsedColumn,
@@ -155,8 +199,9 @@ def _make_progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[round]}/{task.total:g}"),
         TextColumn("{task.fields[metric]}"),
+        TextColumn("{task.fields[speed]}"),
         TextColumn("elapsed"),
         TimeElapsedColumn(),
         TextColumn("left"),

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from fedlearn.report.history import History
     from fedlearn.study import Study
 
-MODEL, STUDY, HISTORY_JSON, HISTORY_CSV, MANIFEST, CURVE = (
+MODEL, STUDY, HISTORY_JSON, HISTORY_CSV, MANIFEST, CURVE, PROFILE = (
     "model.safetensors",
     "study.json",
     "history.json",
     "history.csv",
     "manifest.json",
     "curve.png",
+    "profile.json",
 )
 
 
@@ -49,15 +50,24 @@ class RunFolder:
             self._write(STUDY, json.dumps(json.loads(study.to_json()), indent=1).encode())
             self._write(HISTORY_JSON, history.to_json().encode())
             self._write(HISTORY_CSV, history.to_csv().encode())
-            self._write(MANIFEST, json.dumps(manifest, indent=1).encode())
+            facts = {"metric": history.metric, "rounds": len(history), **manifest}
+            self._write(MANIFEST, json.dumps(facts, indent=1).encode())
             if len(history):
                 history.plot(self.path / CURVE, title=study.name)
         except OSError as error:
-            raise StateError(
-                f"run folder {self.path}: cannot be written: {error.strerror or error}",
-                hint="choose another folder with --out, or free some space",
-            ) from None
+            raise self._refused(error) from None
         return self.path
+
+    def add(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Write one more JSON file.
+
+        Raises:
+            StateError: it cannot be written.
+        """
+        try:
+            self._write(name, json.dumps(facts, indent=1).encode())
+        except OSError as error:
+            raise self._refused(error) from None
 
     def study(self) -> Study:
         """The study that made this run."""
@@ -68,6 +78,12 @@ class RunFolder:
     def weights(self) -> dict[str, Array]:
         """The final model's weights."""
         return named.from_bytes(self._read(MODEL))
+
+    def _refused(self, error: OSError) -> StateError:
+        return StateError(
+            f"run folder {self.path}: cannot be written: {error.strerror or error}",
+            hint="choose another folder with --out, or free some space",
+        )
 
     def _read(self, name: str) -> bytes:
         try:

@@ -29,7 +29,7 @@ class GroupedJournal:
     Args:
         inner: the one on the disk; closed with this one.
         clock: tells when the last transaction was.
-        every_s: seconds between transactions.
+        every_s: seconds between transactions; None for `EVERY_S`.
         limit_bytes: of values that may gather.
     """
 
@@ -38,10 +38,11 @@ class GroupedJournal:
         inner: Journal,
         *,
         clock: Clock | None = None,
-        every_s: float = EVERY_S,
+        every_s: float | None = None,
         limit_bytes: int = GATHER_LIMIT_BYTES,
     ) -> None:
-        self._inner, self._every_s, self._limit_bytes = inner, every_s, limit_bytes
+        self._inner, self._limit_bytes = inner, limit_bytes
+        self._every_s = every_s if every_s is not None else EVERY_S
         self._clock = clock if clock is not None else SystemClock()
         self._gathered: dict[str, bytes | None] = {}
         self._bytes = 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import platform
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +15,27 @@ from typing import TYPE_CHECKING, Any
 from fedlearn import events
 from fedlearn.app import App, load_app
 from fedlearn.clock import SystemClock
-from fedlearn.data.population import build_population
+from fedlearn.meter import measuring
 from fedlearn.release.journal import DictJournal
-from fedlearn.report.folder import RunFolder
+from fedlearn.report.folder import PROFILE, RunFolder
 from fedlearn.report.history import History
-from fedlearn.study import Study, load_study
-from fedlearn.tasks import load_task
+from fedlearn.simulation.backends import make_backend
+from fedlearn.simulation.failures import ReportingBackend
+from fedlearn.simulation.prepare import Ready, Request
+from fedlearn.simulation.profile import MeasuredBackend, MeasuredEvents, MeasuredJournal, Profile
+from fedlearn.simulation.states import ClientStates
+from fedlearn.simulation.workspace import Setting, Workspace, made_with
+from fedlearn.study import Study
 
 if TYPE_CHECKING:
     import torch
 
     from fedlearn.arrays import Arrays
+    from fedlearn.learning.backend import Backend
     from fedlearn.learning.federation import Outcome
     from fedlearn.learning.task import Population, Task
+    from fedlearn.release.journal import Journal
+    from fedlearn.simulation.failures import ClientFailure
 
 
 @dataclass(frozen=True)
@@ -36,18 +45,26 @@ class SimulationResult:
     Args:
         study: what was run, overrides applied.
         outcome: the server's state and the recorded history.
-        seconds: wall time of the rounds.
+        seconds: wall time of the rounds that were run here.
+        task: what was learnt.
+        profile: where the time went, if that was asked for.
     """
 
     study: Study
     outcome: Outcome = field(repr=False)
     seconds: float
     task: Task = field(repr=False)
+    profile: Profile | None = None
 
     @cached_property
     def history(self) -> History:
         """A table, one row a round."""
         return History(self.outcome.history, self.task.card.metric)
+
+    @property
+    def stopped(self) -> bool:
+        """True when the run was stopped before its last round."""
+        return self.outcome.stopped
 
     @property
     def weights(self) -> Arrays:
@@ -68,7 +85,9 @@ class SimulationResult:
 
     def save(self, folder: Path | str) -> Path:
         """Write everything into a run folder: study, history, plot, model, versions. Returns the folder."""
-        return RunFolder(Path(folder)).save(self.study, self.weights, self.history, manifest(self.study, self.seconds))
+        return RunFolder(Path(folder)).save(
+            self.study, self.weights, self.history, manifest(self.study, self.seconds) | {"stopped": self.stopped}
+        )
 
     def plot(self, path: Path | str | None = None) -> Any:
         """The learning curve as a matplotlib figure; saved as PNG where a path is given."""
@@ -76,25 +95,42 @@ class SimulationResult:
 
 
 def simulate(
-    study: Study | Path | str,
+    study: Study | Path | str | None = None,
     *,
     rounds: int | None = None,
     overrides: tuple[str, ...] | list[str] = (),
     data: Path | str | None = None,
     app: App | Path | str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
+    backend: str | None = None,
+    workers: int | None = None,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+    strict: bool = False,
+    profile: bool = False,
     emit: events.Emit | None = None,
+    told: Callable[[ClientFailure], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> SimulationResult:
     """Run a study with all its clients in this process. Seeded, hence reproducible, hence not private.
 
     Args:
-        study: a study, or the path of its TOML file (as it stands, or among the app's own studies).
+        study: a study, or the path of its TOML file (as it stands, or among the app's own studies). None with `resume`.
         rounds: overrides the study's.
         overrides: `key=value` strings, such as "strategy.name=fedprox".
         data: everybody's data in one file, in place of what ships with the task.
         app: a folder with tasks of your own, or a loaded app.
-        device: `auto`, `cpu` or `cuda:N`.
+        device: `auto`, `cpu` or `cuda:N`; None for cpu.
+        backend: how clients are trained, see `fedlearn.simulation.backends`; None for `auto`.
+        workers: of the backend; None for as many as there are cores. Results do not depend on it.
+        out: a run folder: rounds are kept there as they are committed, and the results in the end.
+        resume: the run folder of a run that was stopped or died: goes on after its last committed round, to the bytes that it
+            would have ended with. A run that is finished gives its result again; with more `rounds` it goes on.
+        strict: a client whose code raises ends the run; else the round goes on without it.
+        profile: measure where the time goes.
         emit: takes events as they happen.
+        told: takes what clients raise; None logs it.
+        should_stop: asked between rounds; a run that is stopped can be resumed.
 
     Raises:
         FedlearnError: the study, its data or its combination of settings is refused, or the run failed.
@@ -104,15 +140,26 @@ def simulate(
         >>> len(result.history)
         2
     """
-    loaded = app if isinstance(app, App) else load_app(app)
-    extra = (*overrides, *([f"rounds={rounds}"] if rounds is not None else []))
-    if not isinstance(study, Study):
-        study = load_study(loaded.study(str(study)), tuple(extra))
-    elif extra:
-        study = study.with_overrides(extra)
-    task = load_task(study.task.name, study.task.options)
-    population = build_population(study, task, None if data is None else Path(data))
-    return simulate_population(study, population, app=loaded, device=device, emit=emit)
+    with ExitStack() as stack:
+        meter = stack.enter_context(measuring()) if profile else None
+        ready = Request(study, rounds, overrides, data, app, device, backend, resume).ready()
+        heard = emit if emit is not None else _ignore
+        counted = None if meter is None else MeasuredEvents(meter, heard)
+        manner = Manner(workers, strict, counted or heard, told, should_stop, measured=profile)
+        place = resume if resume is not None else out
+        if place is None:
+            result = run_ready(ready, manner)
+        else:
+            folder = RunFolder(Path(place))
+            work = stack.enter_context(Workspace(folder.path, ready.study, ready.setting, fresh=resume is None))
+            result = run_ready(ready, manner, work.journal, folder.path)
+            result.save(folder.path)
+        if meter is not None and counted is not None:
+            measured = Profile.of(meter, counted.clients)
+            result = replace(result, profile=measured)
+            if place is not None:
+                folder.add(PROFILE, measured.to_dict())
+    return result
 
 
 def simulate_population(
@@ -121,36 +168,81 @@ def simulate_population(
     *,
     app: App | None = None,
     device: str = "cpu",
+    backend: str = "auto",
     emit: events.Emit | None = None,
 ) -> SimulationResult:
     """Run a study on data that is in memory already; see `simulate`."""
+    app = app if app is not None else load_app()
+    strategy = app.strategy(study.strategy.name, study.strategy.options)
+    ready = Ready(study, population, strategy, Setting(device=device, backend=backend))
+    return run_ready(ready, Manner(emit=emit if emit is not None else _ignore))
+
+
+def _ignore(event: events.Event) -> None:
+    """Nobody listens."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a run is run, whatever the study: see `simulate`."""
+
+    workers: int | None = None
+    strict: bool = False
+    emit: events.Emit = _ignore
+    told: Callable[[ClientFailure], None] | None = None
+    should_stop: Callable[[], bool] = lambda: False
+    measured: bool = False
+
+
+def run_ready(
+    ready: Ready, manner: Manner, journal: Journal | None = None, folder: Path | None = None
+) -> SimulationResult:
+    """Run what is ready; on a journal with committed rounds, those that are left.
+
+    Args:
+        ready: what to run.
+        manner: how.
+        journal: keeps rounds and clients' memories; None keeps them in this process.
+        folder: for reports of what clients raise.
+    """
     import torch
 
     from fedlearn.learning.device import resolve_device
     from fedlearn.learning.federation import Federation
     from fedlearn.learning.local import initial_weights
-    from fedlearn.simulation.sequential import SequentialBackend
 
-    app = app if app is not None else load_app()
-    strategy = app.strategy(study.strategy.name, study.strategy.options)
+    study, population = ready.study, ready.population
+    if journal is not None and manner.measured:
+        journal = MeasuredJournal(journal)
     threads = torch.get_num_threads()
     torch.set_num_threads(study.runtime.threads)
     started = time.monotonic()
     try:
-        backend = SequentialBackend(study, population, strategy, resolve_device(device))
-        federation = Federation(
+        backend: Backend = make_backend(
+            ready.setting.backend,
             study,
-            study.name,
-            strategy,
-            initial_weights(population.task, study),
-            backend,
-            DictJournal(),
-            metric=population.task.card.metric,
-            emit=emit if emit is not None else _ignore,
-            may_join=False,
+            population,
+            ready.strategy,
+            device=resolve_device(ready.setting.device),
+            workers=manner.workers,
+            memories=ClientStates(journal),
         )
-        outcome = federation.run()
-        backend.close()
+        backend = ReportingBackend(backend, population, folder, strict=manner.strict, told=manner.told)
+        if manner.measured:
+            backend = MeasuredBackend(backend)
+        with closing(backend):
+            outcome = Federation(
+                study,
+                study.name,
+                ready.strategy,
+                initial_weights(population.task, study),
+                backend,
+                journal if journal is not None else DictJournal(),
+                metric=population.task.card.metric,
+                emit=manner.emit,
+                should_stop=manner.should_stop,
+                may_join=False,
+            ).run()
     finally:
         torch.set_num_threads(threads)
     return SimulationResult(study, outcome, time.monotonic() - started, population.task)
@@ -158,11 +250,9 @@ def simulate_population(
 
 def manifest(study: Study, seconds: float) -> dict[str, Any]:
     """What made a run: versions, seed, threads and the time it took. Equal manifests promise equal bytes."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "flwr")}
     return {
-        "fedlearn": _own_version(),
-        "python": platform.python_version(),
-        **versions,
+        **made_with(),
+        "flwr": importlib.metadata.version("flwr"),
         "seed": study.seed,
         "threads": study.runtime.threads,
         "study_sha256": study.digest,
@@ -171,13 +261,3 @@ def manifest(study: Study, seconds: float) -> dict[str, Any]:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(SystemClock().wall())),
         "study": json.loads(study.to_json()),
     }
-
-
-def _own_version() -> str:
-    from fedlearn import __version__
-
-    return __version__
-
-
-def _ignore(event: events.Event) -> None:
-    """Nobody listens."""

@@ -79,18 +79,22 @@ class SequentialBackend:
         for client in work.cohort:
             state = self._memories.peek(client, work.base.get(client)) if self._strategy.stateful else {}
             try:
-                data = self._population.client(client).test
-                metrics = local.evaluate(
-                    self._population.task,
-                    self._model,
-                    self._study.train,
-                    data,
-                    local.client_weights(self._strategy, work.model, work.shared, state),
-                    self._study.evaluate.batch_size,
-                )
-                yield Scored(client, metrics, len(data))
+                yield self.score_one(work, client, state)
             except Exception as error:  # as in `fit`
                 yield raised(client, error)
+
+    def score_one(self, work: Work, client: str, state: Arrays) -> Scored:
+        """One client's scores; raises whatever its code raises."""
+        data = self._population.client(client).test
+        metrics = local.evaluate(
+            self._population.task,
+            self._model,
+            self._study.train,
+            data,
+            local.client_weights(self._strategy, work.model, work.shared, state),
+            self._study.evaluate.batch_size,
+        )
+        return Scored(client, metrics, len(data))
 
     def close(self) -> None:
         self._memories.close()

@@ -11,6 +11,7 @@ from fedlearn.errors import LimitExceededError, StateError
 from fedlearn.release import journal as journal_module
 from fedlearn.release.journal import Journal, MemoryDisk, MemoryJournal
 from fedlearn.release.sqlite import SqliteJournal
+from fedlearn.simulation.journal import GroupedJournal
 
 Reopen = Callable[[], Journal]
 LARGE = bytes(range(256)) * 1_000
@@ -72,6 +73,22 @@ class TestMemoryJournal(JournalContract):
     def reopen(self) -> Reopen:
         disk = MemoryDisk()
         return lambda: MemoryJournal(disk)
+
+
+class TestGroupedJournal(JournalContract):
+    @pytest.fixture
+    def reopen(self, tmp_path: Path) -> Iterator[Reopen]:
+        opened: list[Journal] = []
+
+        def again() -> Journal:
+            for journal in opened:
+                journal.close()
+            opened.append(GroupedJournal(SqliteJournal(tmp_path / "journal"), every_s=1e9))
+            return opened[-1]
+
+        yield again
+        for journal in opened:
+            journal.close()
 
 
 class TestSqliteJournal(JournalContract):

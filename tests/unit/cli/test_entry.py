@@ -109,7 +109,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     assert time.monotonic() - start < 2
 
 
-def test_ctrl_c_is_one_line(tmp_path):
+def test_ctrl_c_finishes_the_round_and_says_how_to_go_on(tmp_path):
     process = subprocess.Popen(
         [*FEDLEARN, "simulate", STUDY, "--rounds", "100000", "--out", str(tmp_path / "out")],
         stdout=subprocess.PIPE,
@@ -122,10 +122,11 @@ def test_ctrl_c_is_one_line(tmp_path):
             break
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == INTERRUPTED_EXIT_CODE
-    assert err.startswith("interrupted after round")
-    assert len(err.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+    assert process.returncode == INTERRUPTED_EXIT_CODE, err
+    first, second = filter(None, err.splitlines())
+    assert first == "finishing this round; Ctrl-C again stops at once"
+    assert second.startswith("stopped after round")
+    assert second.endswith(f"; fedlearn simulate --resume {tmp_path / 'out'} goes on")
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):

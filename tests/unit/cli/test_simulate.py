@@ -21,6 +21,7 @@ def test_rows_clients_and_a_run_folder(capsys, tmp_path):
     assert clients == ["cleveland", "hungary", "switzerland", "va-long-beach"]
     assert str(folder) in lines[-1]
     names = {"model.safetensors", "study.json", "history.json", "history.csv", "manifest.json", "curve.png"}
+    names |= {"run.json", "journal"}
     assert {p.name for p in folder.iterdir()} == names
 
 
