@@ -127,5 +127,12 @@ class UnsupportedError(FedlearnError):
     kind = "unsupported"
 
 
+class AccountingError(FedlearnError):
+    """Two privacy accountants contradict each other: a defect. Nothing is trained or claimed."""
+
+    exit_code = 15
+    kind = "accounting"
+
+
 INTERRUPTED_EXIT_CODE = 130
 USAGE_EXIT_CODE = 2

@@ -1,0 +1,308 @@
+"""One frozen value couples unit, sampler, clipping, noise and accountant event, so that they cannot disagree.
+
+A plan states sampling rate and number of releases, never batch size and epochs, which would reveal a site's count. What it costs is not
+written into it: it follows from it (`PrivacyPlan.cost`), and accounting.py turns that into an epsilon.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from fedlearn.errors import StudyError, UnsupportedError
+from fedlearn.learning.update import Weighting
+from fedlearn.privacy.events import (
+    MAX_COUNT,
+    Cost,
+    Gaussian,
+    Leaf,
+    PoissonSampled,
+    Relation,
+    Repeated,
+    SampledWithoutReplacement,
+)
+
+if TYPE_CHECKING:
+    from fedlearn.learning.strategy import Strategy
+
+
+class Unit(Enum):
+    """Whose presence the guarantee hides. Units are never mixed: an epsilon of one says nothing of another."""
+
+    RECORD = "record"
+    """One row at one site; every site protects its own."""
+    GROUP = "group"
+    """All rows of one person or account at one site: a group is drawn whole and gives one clipped gradient."""
+    CLIENT = "client"
+    """A whole device or user: all that one client ever sends."""
+
+
+class Adversary(Enum):
+    """Against whom an epsilon holds."""
+
+    MODEL_READER = "reader of the model"
+    OTHER_SITES = "other sites"
+    SERVER = "server"
+
+
+@dataclass(frozen=True)
+class PoissonSampling:
+    """Every unit takes part in a release with probability `rate`, by a secret coin of its own. Empty draws are releases too."""
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1:
+            raise StudyError(f"privacy: sampling rate: got {self.rate}, expected above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class FixedCohort:
+    """`size` units drawn without replacement out of `population`: accounted as such, under replace-one."""
+
+    size: int
+    population: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= self.population:
+            raise StudyError(
+                f"privacy: cohort: got {self.size} of {self.population}, expected 1 to the whole population"
+            )
+
+
+@dataclass(frozen=True)
+class Everyone:
+    """Every unit takes part in every release. Also for cohorts whose draw is not secret: first come, over-selection."""
+
+
+Sampling = PoissonSampling | FixedCohort | Everyone
+
+
+@dataclass(frozen=True)
+class FixedClip:
+    """Each unit's contribution is scaled down to this L2 norm where it is longer."""
+
+    clip_l2: float
+
+    def __post_init__(self) -> None:
+        _positive("clip_l2", self.clip_l2)
+
+
+@dataclass(frozen=True)
+class AdaptiveClip:
+    """The clip follows a quantile of the norms (Andrew et al. 2021, "Differentially private learning with adaptive clipping").
+
+    Args:
+        initial_l2: the clip of the first release.
+        quantile: which quantile of the norms it follows, above 0 and below 1.
+        rate: of the geometric update, eta in their algorithm 1.
+        count_share: share of the privacy that the noisy count of unclipped contributions takes, above 0 and below 1: the count's
+            noise is z / (2 sqrt(share)), the sum's z / sqrt(1 - share).
+    """
+
+    initial_l2: float
+    quantile: float = 0.5
+    rate: float = 0.2
+    count_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        _positive("initial_l2", self.initial_l2)
+        _positive("rate", self.rate)
+        for name, value in (("quantile", self.quantile), ("count_share", self.count_share)):
+            if not 0 < value < 1:
+                raise StudyError(f"privacy: {name}: got {value}, expected above 0 and below 1")
+
+
+Clipping = FixedClip | AdaptiveClip
+_SAMPLERS: Final = (PoissonSampling, FixedCohort, Everyone)
+_CLIPPINGS: Final = (FixedClip, AdaptiveClip)
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """What is protected, how, and for how long.
+
+    Args:
+        unit: whose presence is hidden.
+        sampling: what the code really does to draw units.
+        clipping: the bound on one unit's contribution to one release, over everything that the strategy releases jointly.
+        noise_multiplier: standard deviation of the noise / clip, of all that one release says together.
+        delta: below 1 / `units`.
+        units: how many units there are at the least; a public number.
+        rounds: planned.
+        steps: noisy releases (DP-SGD steps) of each round; 1 at client level.
+        weighting: how contributions are weighted. Only uniform is possible: a weight that is a person's count is private itself.
+
+    Raises:
+        StudyError: a part is out of range, unknown, or does not fit the others; the message says which and why.
+    """
+
+    unit: Unit
+    sampling: Sampling
+    clipping: Clipping
+    noise_multiplier: float
+    delta: float
+    units: int
+    rounds: int
+    steps: int = 1
+    weighting: Weighting = Weighting.UNIFORM
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.unit, Unit):
+            raise StudyError(f"privacy: unit: got {self.unit!r}, expected one of {', '.join(u.value for u in Unit)}")
+        if not isinstance(self.sampling, _SAMPLERS):
+            raise StudyError(
+                f"privacy: sampler: got {self.sampling!r}, expected one of {', '.join(s.__name__ for s in _SAMPLERS)}"
+            )
+        if not isinstance(self.clipping, _CLIPPINGS):
+            raise StudyError(f"privacy: clipping: got {self.clipping!r}, expected a fixed or an adaptive clip")
+        _positive("noise_multiplier", self.noise_multiplier)
+        if self.units < 1:
+            raise StudyError(
+                f"privacy: units: got {self.units}, an empty data set has nothing to protect or to learn from"
+            )
+        if not 0 < self.delta < 1:
+            raise StudyError(f"privacy: delta: got {self.delta}, expected above 0 and below 1")
+        if self.delta * self.units >= 1:
+            raise StudyError(
+                f"privacy: delta: got {self.delta:g} for {self.units} units, expected less than 1/{self.units}",
+                hint="a delta of 1/n is met by publishing one unit at random: take 1/(10 n) or less",
+            )
+        if self.rounds < 1 or self.steps < 1 or self.releases > MAX_COUNT:
+            raise StudyError(f"privacy: got {self.rounds} rounds of {self.steps} releases, expected at least 1 of each")
+        if self.unit is Unit.CLIENT and self.steps != 1:
+            raise StudyError(f"privacy: steps: got {self.steps}, a client-level plan releases once a round")
+        if isinstance(self.sampling, FixedCohort):
+            if self.unit is not Unit.CLIENT:
+                raise StudyError(
+                    "privacy: sampler: a fixed cohort is for client-level plans",
+                    hint="batches of records are drawn by Poisson sampling",
+                )
+            if self.sampling.population < self.units:
+                raise StudyError(
+                    f"privacy: cohort: drawn out of {self.sampling.population}, but the plan names {self.units} units"
+                )
+        if self.weighting is not Weighting.UNIFORM:
+            raise StudyError(
+                f"privacy: weights: got {self.weighting.value!r}, expected uniform",
+                hint="a weight that counts examples changes the sensitivity, and is private itself",
+            )
+
+    @property
+    def releases(self) -> int:
+        """Noisy releases of the whole plan."""
+        return self.rounds * self.steps
+
+    @property
+    def relation(self) -> Relation:
+        """Which data sets are neighbours; it follows from the sampler."""
+        return Relation.REPLACE_ONE if isinstance(self.sampling, FixedCohort) else Relation.ADD_OR_REMOVE_ONE
+
+    @property
+    def sum_noise_multiplier(self) -> float:
+        """Standard deviation of the noise on the sum / clip: more than the plan's multiplier where a count is released beside it."""
+        if isinstance(self.clipping, AdaptiveClip):
+            return self.noise_multiplier / math.sqrt(1 - self.clipping.count_share)
+        return self.noise_multiplier
+
+    @property
+    def count_noise(self) -> float:
+        """Standard deviation of the noise on the count of unclipped contributions, 0 where none is released."""
+        if isinstance(self.clipping, AdaptiveClip):
+            return self.noise_multiplier / (2 * math.sqrt(self.clipping.count_share))
+        return 0.0
+
+    def one_release(self) -> Leaf:
+        """The event of one release. A replaced unit moves the sum by twice the clip, so the multiplier halves."""
+        match self.sampling:
+            case PoissonSampling(rate):
+                return PoissonSampled(rate, Gaussian(self.noise_multiplier))
+            case FixedCohort(size, population):
+                return SampledWithoutReplacement(size, population, Gaussian(self.noise_multiplier / 2))
+            case Everyone():
+                return Gaussian(self.noise_multiplier)
+
+    def cost(self, rounds: int | None = None) -> Cost:
+        """What `rounds` rounds cost; all of the plan if not told. One attempt at a round, void or not, costs a round."""
+        return Cost(
+            Repeated(self.one_release(), (self.rounds if rounds is None else rounds) * self.steps), self.relation
+        )
+
+    def check_strategy(self, strategy: type[Strategy] | Strategy) -> None:
+        """Refuse a strategy that cannot carry this plan.
+
+        Raises:
+            UnsupportedError: the noise of a client-level plan belongs on a sum, and the strategy makes none; or the strategy's own
+                memory is made of raw gradients, which a record-level plan does not cover.
+        """
+        if self.unit is Unit.CLIENT and not strategy.linear:
+            raise UnsupportedError(
+                f"privacy: {strategy.name} is not linear: there is no sum whose sensitivity the clip bounds",
+                hint="take a linear strategy (fedlearn strategies), or protect records at their site",
+            )
+        if self.unit is not Unit.CLIENT and strategy.raw_gradient_state:
+            raise UnsupportedError(
+                f"privacy: {strategy.name} keeps memory made of raw gradients, which the noise does not cover",
+                hint="take fedavg, fedprox or a server optimiser under a record-level plan",
+            )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One epsilon with all that it means. Print it whole or not at all.
+
+    Args:
+        epsilon: infinite where nothing is promised; None where the noise is reproducible, so that nothing can be.
+        delta: of the guarantee.
+        unit: whose presence is hidden.
+        relation: which data sets are neighbours.
+        adversary: against whom.
+        sampling: what the code does to draw units.
+        accountant: which one computed epsilon, with its version.
+        caveat: what the reader must know besides; empty if nothing.
+    """
+
+    epsilon: float | None
+    delta: float
+    unit: Unit
+    relation: Relation
+    adversary: Adversary
+    sampling: Sampling
+    accountant: str
+    caveat: str = ""
+
+
+NOT_PRIVATE: Final = "not private: the run is seeded, so its noise can be drawn again and taken off"
+REAL_NUMBERS: Final = "proved for real numbers; the noise is drawn in floating point"
+HIDDEN_COHORT: Final = "holds while cohort membership and size stay hidden"
+SERVER_SEES_ALL: Final = "the server adds the noise, so it sees every update as it is"
+
+
+def claims(plan: PrivacyPlan, epsilon: float, accountant: str, *, seeded: bool) -> tuple[Claim, ...]:
+    """What a plan promises against each adversary.
+
+    Args:
+        plan: the plan.
+        epsilon: of its cost.
+        accountant: that computed it, with its version.
+        seeded: whether the run derives its noise from the study's seed.
+    """
+    found = []
+    for adversary in Adversary:
+        value: float | None = epsilon
+        caveat = REAL_NUMBERS
+        if plan.unit is Unit.CLIENT and adversary is Adversary.SERVER:
+            value, caveat = math.inf, SERVER_SEES_ALL
+        elif plan.unit is Unit.CLIENT and not isinstance(plan.sampling, Everyone):
+            caveat = f"{HIDDEN_COHORT}; {caveat}"
+        if seeded:
+            value, caveat = None, NOT_PRIVATE
+        found.append(Claim(value, plan.delta, plan.unit, plan.relation, adversary, plan.sampling, accountant, caveat))
+    return tuple(found)
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise StudyError(f"privacy: {name}: got {value}, expected a finite number above 0")
