@@ -94,7 +94,7 @@ class RoundVoid(Event):
 
 @dataclass(frozen=True)
 class RoundFinished(Event):
-    """The server rule made a new model and it was committed."""
+    """The server rule made a new model and it was committed. `environment` is what the round cost in a simulated world."""
 
     run: str
     round: int
@@ -104,6 +104,7 @@ class RoundFinished(Event):
     seconds: float
     train_loss: float
     update_norm: float
+    environment: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

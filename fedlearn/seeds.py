@@ -70,8 +70,8 @@ def hashed_bits(run_seed: int, numbers: npt.NDArray[np.int64], draws: int, *path
         uint64, shape (n, draws).
     """
     key = np.uint64(derive(run_seed, *path))
-    starts = _mix(np.asarray(numbers).astype(np.uint64) * _GOLDEN + key)
-    return _mix(starts[:, None] + np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN)
+    starts = mix(np.asarray(numbers).astype(np.uint64) * _GOLDEN + key)
+    return mix(starts[:, None] + np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def hashed_uniform(
@@ -82,7 +82,8 @@ def hashed_uniform(
     return high.astype(np.float64) * 2.0**-53
 
 
-def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser: a permutation of 64-bit numbers in which every bit depends on every other."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

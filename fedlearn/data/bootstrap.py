@@ -108,6 +108,9 @@ class BootstrapRows(ClientRows):
         rows = self._draw(self._numbers(clients), self.train, each, _TRAIN)
         return rows.reshape(-1), np.full(len(clients), each, dtype=np.int64)
 
+    def sizes(self, clients: Sequence[str]) -> IntArray:
+        return np.full(len(self._numbers(clients)), self.examples - self.test_examples, dtype=np.int64)
+
     def only(self, client_id: str) -> Self:
         self._numbers((client_id,))
         return replace(self, shown=ListedIds((client_id,)))

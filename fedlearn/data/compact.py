@@ -81,6 +81,11 @@ class CompactRows(ClientRows):
     def gather(self, clients: Sequence[str]) -> tuple[IntArray, IntArray]:
         return self.partition.gather(np.array([self._ids.number(client) for client in clients], dtype=np.int64))
 
+    def sizes(self, clients: Sequence[str]) -> IntArray:
+        numbers = np.array([self._ids.number(client) for client in clients], dtype=np.int64)
+        offsets = self.partition.offsets
+        return (offsets[numbers + 1] - offsets[numbers]).astype(np.int64)
+
     def only(self, client_id: str) -> Self:
         rows = self[client_id]
         return type(self)(ListedIds((client_id,)), Partition(rows, np.array([0, len(rows)])))

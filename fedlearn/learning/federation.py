@@ -24,6 +24,7 @@ from fedlearn.learning.checkpoint import PARTS, broadcast_digest, state_from_byt
 from fedlearn.learning.cohort import pick_cohort
 from fedlearn.learning.collect import Collector, collector_for, update_checksum
 from fedlearn.learning.combine import check_combination
+from fedlearn.learning.conditions import Conditions
 from fedlearn.learning.postprocess import apply_on_server, chain_of
 from fedlearn.learning.strategy import ServerState, Strategy
 from fedlearn.learning.update import DELTA, Aggregate, Update
@@ -71,6 +72,7 @@ class Federation:
         emit: takes events.
         clock: durations come from it.
         should_stop: asked between rounds.
+        conditions: of a simulated world; None in the real one.
         may_join: False where nobody else can come, as in a simulation: `cohort.wait_for` is then of no use.
     """
 
@@ -88,12 +90,13 @@ class Federation:
         clock: Clock | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         may_join: bool = True,
+        conditions: Conditions | None = None,
     ) -> None:
         check_combination(study, strategy)
         self._study, self._run, self._strategy, self._backend = study, run, strategy, backend
         self._journal, self._metric, self._emit, self._should_stop = journal, metric, emit, should_stop
         self._clock = clock if clock is not None else SystemClock()
-        self._may_join = may_join
+        self._may_join, self._conditions = may_join, conditions
         self._chain = chain_of(study)
         self._initial = initial
         self._state = self._load_state()
@@ -118,6 +121,8 @@ class Federation:
             RunFailedError: too few clients came, or a round was void too often; what was committed is in the journal.
         """
         started_s = self._clock.monotonic()
+        if self._conditions is not None:
+            self._conditions.resume(self.history())
         try:
             clients = self._gather()
             self._population = self._fixed_population(len(clients))
@@ -208,6 +213,7 @@ class Federation:
             seconds=self._clock.monotonic() - started_s,
             train_loss=weighted_mean(losses),
             update_norm=l2_norm(aggregate.means[DELTA]),
+            environment={} if self._conditions is None else self._conditions.facts(at),
         )
         self._machine.commit(_row(finished), {self._place("checkpoint"): state_to_bytes(self._state)})
         self._emit(finished)
@@ -303,6 +309,8 @@ class Federation:
         )
 
     def _cohort(self, at: AttemptId) -> tuple[str, ...]:
+        if self._conditions is not None:
+            return self._conditions.cohort(at)
         clients = self._wait_for_clients()
         return pick_cohort(clients, self._study.cohort.size, self._study.seed, "train", at.round)
 
@@ -366,6 +374,7 @@ def _row(event: events.RoundFinished | events.Evaluated) -> bytes:
     row = events.to_dict(event, 0.0)
     for key in ("event", "at", "run", "round"):
         row.pop(key)
+    row.update(row.pop("environment", {}))
     if isinstance(event, events.Evaluated):
         row = {"metrics": row["mean"], "clients_metrics": row["clients"]}
     return json.dumps(row, sort_keys=True).encode()

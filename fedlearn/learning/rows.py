@@ -147,6 +147,10 @@ class ClientRows(Mapping[str, IntArray], ABC):
         """
 
     @abstractmethod
+    def sizes(self, clients: Sequence[str]) -> IntArray:
+        """How many rows `gather` would give for each client. Raises as it does."""
+
+    @abstractmethod
     def only(self, client_id: str) -> Self:
         """The same rows for one client alone."""
 
@@ -167,6 +171,13 @@ class ClientRows(Mapping[str, IntArray], ABC):
 
     def __contains__(self, client_id: object) -> bool:
         return client_id in self.ids
+
+
+def sizes(rows: Mapping[str, IntArray], clients: Sequence[str]) -> IntArray:
+    """`ClientRows.sizes` of any mapping."""
+    if isinstance(rows, ClientRows):
+        return rows.sizes(clients)
+    return np.array([len(rows[client]) for client in clients], dtype=np.int64)
 
 
 def gather(rows: Mapping[str, IntArray], clients: Sequence[str]) -> tuple[IntArray, IntArray]:

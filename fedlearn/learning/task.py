@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,14 @@ import numpy.typing as npt
 from fedlearn import seeds
 from fedlearn.errors import DataError
 from fedlearn.learning.cache import ByteCache
-from fedlearn.learning.rows import ClientRows, IntArray, gather, in_order
+from fedlearn.learning.rows import ClientRows, IntArray, gather, in_order, sizes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+
+R = TypeVar("R")
 
 CACHE_BYTES: Final = 256 * 1024 * 1024
 """The most that prepared clients may take in memory; see `Population`."""
@@ -286,17 +288,17 @@ class Population:
         """The training examples of several clients, as `client(...).train` gives them, made together where the task allows it."""
         if not self._in_one or not clients:
             return [self.client(client).train for client in clients]
-        rows, sizes = self._gather(clients)
+        rows, counts = self._known(gather, clients)
         train = self.task.prepare(self.examples.take(rows), self.examples.take(rows[:0])).train
-        ends = np.cumsum(sizes).tolist()
+        ends = np.cumsum(counts).tolist()
         starts = [0, *ends[:-1]]
         return [Batch(train.x[start:end], train.y[start:end]) for start, end in zip(starts, ends, strict=True)]
 
-    def train_size(self, client_id: str) -> int:
-        """How many training examples a client has; what it costs to know is the split, at the most."""
+    def train_sizes(self, clients: Sequence[str]) -> IntArray:
+        """How many training examples each client has; they are prepared, and kept, only where clients split their own rows."""
         if not self._in_one:
-            return len(self.client(client_id).train)
-        return int(self._gather((client_id,))[1][0])
+            return np.array([len(self.client(client).train) for client in clients], dtype=np.int64)
+        return self._known(sizes, clients)
 
     def only(self, client_id: str) -> Self:
         """One client's population; its data is what it is in this one."""
@@ -327,9 +329,9 @@ class Population:
         train, test = self.task.split(mine, seeds.derive(self.seed, "split", client_id), self.folds, self.fold)
         return self.task.prepare(mine.take(train), mine.take(test))
 
-    def _gather(self, clients: Sequence[str]) -> tuple[IntArray, IntArray]:
+    def _known(self, ask: Callable[[Mapping[str, IntArray], Sequence[str]], R], clients: Sequence[str]) -> R:
         try:
-            return gather(self.rows, clients)
+            return ask(self.rows, clients)
         except KeyError as error:
             raise self._unknown(error.args[0]) from None
 

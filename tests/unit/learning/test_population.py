@@ -60,7 +60,7 @@ def test_a_block_is_each_clients_own_training_examples(kind, overrides):
     clients = [one.client_ids[i] for i in (2, 0, 3, 2)]
     block = one.block(clients)
     assert all(same(got, other.client(client).train) for got, client in zip(block, clients, strict=True))
-    assert [one.train_size(client) for client in clients] == [len(batch) for batch in block]
+    assert one.train_sizes(clients).tolist() == [len(batch) for batch in block]
     assert one.block([]) == []
 
 
@@ -72,7 +72,7 @@ def test_one_client_alone_has_what_it_has_among_all(overrides):
         assert list(alone.client_ids) == list(alone.rows) == [client]
         assert same(alone.client(client).train, whole.client(client).train)
         assert same(alone.client(client).test, whole.client(client).test)
-        for ask in (alone.client, alone.train_size, alone.only, lambda c, a=alone: a.block([c])):
+        for ask in (alone.client, alone.only, lambda c, a=alone: a.block([c]), lambda c, a=alone: a.train_sizes([c])):
             with pytest.raises(DataError, match="not in this population of 1 clients"):
                 ask(whole.client_ids[0])
 
