@@ -99,6 +99,11 @@ class SumCollector:
         self._clients.update(partial.examples)
         self._examples += sum(partial.examples.values())
 
+    @property
+    def sums(self) -> Mapping[str, IntegerSum]:
+        """The running sums by release."""
+        return self._sums
+
     def aggregate(self, population: int) -> Aggregate:
         means = {name: total.mean() for name, total in self._sums.items()}
         return Aggregate(means, clients=len(self._clients), population=population, examples=self._examples)
