@@ -37,6 +37,14 @@ def simulate(
     device: Device = None,
     backend: BackendName = None,
     workers: Workers = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            help="With --backend ray: a running cluster, as HOST:PORT, ray://HOST:10001 or auto.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Run folder; runs/STUDY-TIME without it.")
     ] = None,
@@ -79,7 +87,7 @@ def simulate(
     }
     if inline is not None:
         return _inline(study, inline, round_number, asked)
-    arguments = asked | {"workers": workers, "strict": strict, "profile": profile}
+    arguments = asked | {"workers": workers, "address": address, "strict": strict, "profile": profile}
     if resume is not None:
         _say_what_changed(resume, asked)
         return _simulate(study, resume, json, arguments)

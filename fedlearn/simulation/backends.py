@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from fedlearn.learning.task import Population
     from fedlearn.study import Study
 
-BACKENDS: Final = ("auto", "sequential")
-"""`auto` chooses."""
+BACKENDS: Final = ("auto", "sequential", "batched", "ray")
+"""`auto` chooses: see `chosen`. `ray` is the batched one on many processes or machines."""
+SEQUENTIAL_COHORT: Final = 8
+"""`auto` trains cohorts of up to so many clients one after another, to the bytes of a real federation: there is little to gain."""
 
 
 def check_backend(name: str) -> None:
@@ -42,6 +44,7 @@ def make_backend(
     device: torch.device | str,
     workers: int | None,
     memories: Memories,
+    address: str | None = None,
 ) -> Backend:
     """The backend of a name.
 
@@ -53,12 +56,30 @@ def make_backend(
         device: where to train.
         workers: threads or processes that train at the same time; None for as many as there are cores. Results do not depend on it.
         memories: of a stateful strategy's clients.
+        address: of a running Ray cluster; None starts Ray on this machine.
 
     Raises:
         UnsupportedError: the name is unknown, or the backend cannot do this study.
     """
-    from fedlearn.simulation.sequential import SequentialBackend
-
     check_backend(name)
-    del workers  # one client after another
-    return SequentialBackend(study, population, strategy, device, memories)
+    if address is not None and name != "ray":
+        raise UnsupportedError(f"address {address!r} with backend {name!r}", hint="an address goes with --backend ray")
+    if name == "auto":
+        name = chosen(study, len(population.rows))
+    if name == "sequential":
+        from fedlearn.simulation.sequential import SequentialBackend
+
+        return SequentialBackend(study, population, strategy, device, memories)
+    if name == "ray":
+        from fedlearn.simulation.ray_backend import RayBackend
+
+        return RayBackend(study, population, strategy, device, workers, memories, address)
+    from fedlearn.simulation.batched import BatchedBackend
+
+    return BatchedBackend(study, population, strategy, device, workers, memories)
+
+
+def chosen(study: Study, population: int) -> str:
+    """What `auto` stands for in a study with so many clients."""
+    cohort = min(study.cohort.size or population, population)
+    return "sequential" if cohort <= SEQUENTIAL_COHORT else "batched"

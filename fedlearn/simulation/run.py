@@ -104,6 +104,7 @@ def simulate(
     device: str | None = None,
     backend: str | None = None,
     workers: int | None = None,
+    address: str | None = None,
     out: Path | str | None = None,
     resume: Path | str | None = None,
     strict: bool = False,
@@ -123,6 +124,7 @@ def simulate(
         device: `auto`, `cpu` or `cuda:N`; None for cpu.
         backend: how clients are trained, see `fedlearn.simulation.backends`; None for `auto`.
         workers: of the backend; None for as many as there are cores. Results do not depend on it.
+        address: of a running Ray cluster, for the backend `ray`; None starts Ray on this machine.
         out: a run folder: rounds are kept there as they are committed, and the results in the end.
         resume: the run folder of a run that was stopped or died: goes on after its last committed round, to the bytes that it
             would have ended with. A run that is finished gives its result again; with more `rounds` it goes on.
@@ -145,7 +147,7 @@ def simulate(
         ready = Request(study, rounds, overrides, data, app, device, backend, resume).ready()
         heard = emit if emit is not None else _ignore
         counted = None if meter is None else MeasuredEvents(meter, heard)
-        manner = Manner(workers, strict, counted or heard, told, should_stop, measured=profile)
+        manner = Manner(workers, address, strict, counted or heard, told, should_stop, measured=profile)
         place = resume if resume is not None else out
         if place is None:
             result = run_ready(ready, manner)
@@ -187,6 +189,7 @@ class Manner:
     """How a run is run, whatever the study: see `simulate`."""
 
     workers: int | None = None
+    address: str | None = None
     strict: bool = False
     emit: events.Emit = _ignore
     told: Callable[[ClientFailure], None] | None = None
@@ -226,6 +229,7 @@ def run_ready(
             device=resolve_device(ready.setting.device),
             workers=manner.workers,
             memories=ClientStates(journal),
+            address=manner.address,
         )
         backend = ReportingBackend(backend, population, folder, strict=manner.strict, told=manner.told)
         if manner.measured:

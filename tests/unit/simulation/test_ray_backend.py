@@ -18,6 +18,7 @@ from fedlearn.learning.local import initial_weights
 from fedlearn.release.journal import DictJournal
 from fedlearn.simulation.batched import BatchedBackend
 from fedlearn.simulation.ray_backend import RayBackend, import_ray
+from fedlearn.simulation.run import simulate
 from fedlearn.tasks import load_task
 from tests.support.fatal_task import NAME, crowd
 
@@ -153,3 +154,15 @@ def test_a_reply_that_nobody_waits_for_leaves_the_workers_usable(ray):
     clients = [c for reply in backend.fit(replace(work, round=2)) for c in reply.partial.examples]
     backend.close()
     assert sorted(clients) == sorted(population.client_ids)
+
+
+def test_an_address_goes_with_ray_only():
+    with pytest.raises(UnsupportedError, match="address"):
+        simulate(crowd(), backend="batched", address="auto")
+
+
+@pytest.mark.slow
+def test_simulate_takes_it_by_name(ray):
+    study = crowd("task.options.hidden=4", "rounds=2")
+    got, expected = simulate(study, backend="ray", workers=1), simulate(study, backend="batched", workers=2)
+    assert digest(got.weights) == digest(expected.weights)
