@@ -170,7 +170,7 @@ class Federation:
         started_s = self._clock.monotonic()
         digest = broadcast_digest(self._state)
         if isinstance(step, Resume):
-            cohort = step.roster if step.survivors is None else step.survivors
+            roster, cohort = step.roster, step.roster if step.survivors is None else step.survivors
             if step.key.model_digest != digest:
                 raise StateError(
                     f"run {self._run}: the journal's open attempt is for another model than its checkpoint"
@@ -178,11 +178,10 @@ class Federation:
             at = step.key.at
         else:
             at = step.at
-            cohort = self._cohort(at)
+            roster = cohort = self._cohort(at)
             self._machine.begin(at, cohort, digest)
         self._emit(events.RoundStarted(self._run, at.round, at.attempt, len(cohort)))
         losses: dict[str, tuple[float, int]] = {}
-        dropped = 0
         for reply in self._backend.fit(self._work(at, cohort, digest)):
             reason = self._take(reply)
             for client, facts, examples in _claims(reply):
@@ -190,7 +189,6 @@ class Federation:
                     losses[client] = (facts.get("loss", math.nan), examples)
                     self._emit(events.ClientFinished(self._run, at.round, client, facts))
                 else:
-                    dropped += 1
                     self._emit(events.ClientDropped(self._run, at.round, client, reason))
         if self._machine.state is RoundState.OPEN:
             self._machine.close()
@@ -209,7 +207,7 @@ class Federation:
             at.round,
             at.attempt,
             clients=aggregate.clients,
-            dropped=dropped,
+            dropped=len(roster) - aggregate.clients,
             seconds=self._clock.monotonic() - started_s,
             train_loss=weighted_mean(losses),
             update_norm=l2_norm(aggregate.means[DELTA]),
