@@ -213,6 +213,7 @@ def run_ready(
     from fedlearn.learning.device import resolve_device
     from fedlearn.learning.federation import Federation
     from fedlearn.learning.local import initial_weights
+    from fedlearn.simulation.virtual import EnvironmentBackend
 
     study, population = ready.study, ready.population
     if journal is not None and manner.measured:
@@ -234,6 +235,9 @@ def run_ready(
         backend = ReportingBackend(backend, population, folder, strict=manner.strict, told=manner.told)
         if manner.measured:
             backend = MeasuredBackend(backend)
+        world: EnvironmentBackend | None = None
+        if study.environment is not None:
+            backend = world = EnvironmentBackend(backend, study, study.environment, population, ready.strategy)
         with closing(backend):
             outcome = Federation(
                 study,
@@ -246,6 +250,7 @@ def run_ready(
                 emit=manner.emit,
                 should_stop=manner.should_stop,
                 may_join=False,
+                conditions=world,
             ).run()
     finally:
         torch.set_num_threads(threads)
