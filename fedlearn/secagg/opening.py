@@ -1,0 +1,142 @@
+"""Opening a sum: from the clients' shares to the keys of the masks that are left in it, each checked against a promise.
+
+A survivor's own mask is left in the sum, and the pairwise masks between each survivor and each client that shared keys but sent no vector. A seed must fit
+the commitment that its owner made, a key the public key on the roster; where false shares are among the true ones, other subsets are
+tried, and who gave the false ones is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fedlearn.secagg.breach import Breach, SecureAggregationError
+from fedlearn.secagg.graph import Graph, members_of
+from fedlearn.secagg.masks import apply_masks
+from fedlearn.secagg.plan import CheckIn, Transcript
+from fedlearn.secagg.primitives import Suite, agreement, derive, key_of_secret
+from fedlearn.secagg.ring import Vector
+from fedlearn.secagg.shamir import check_share, combine, liars, subsets
+
+
+@dataclass(frozen=True)
+class Attempted:
+    """What stands when the survivors do.
+
+    Args:
+        suite: primitives.
+        members: the roster, in order.
+        graph: the graph.
+        transcript: the transcript.
+        sharers: who shared keys, as a set of bits.
+        survivors: whose vectors are in the sum.
+        commitments: each sharer's commitment to its seed.
+    """
+
+    suite: Suite
+    members: Sequence[CheckIn]
+    graph: Graph
+    transcript: Transcript = field(repr=False)
+    sharers: int
+    survivors: int
+    commitments: dict[int, bytes] = field(repr=False)
+
+    def owners(self, holder: int) -> list[int]:
+        """Of whose secrets this survivor's opening gives one share each, in the order of the message."""
+        own = self.graph.holder_set(holder)  # the graph is symmetric: whose share I hold holds mine
+        return list(members_of(self.sharers & own))
+
+
+class Openings:
+    """The shares that came, and what they open.
+
+    Args:
+        attempted: what stands.
+    """
+
+    def __init__(self, attempted: Attempted) -> None:
+        self._at = attempted
+        self._shares: dict[int, dict[int, bytes]] = {i: {} for i in members_of(attempted.sharers)}
+        self._alone = {j for j in members_of(attempted.sharers & ~attempted.survivors) if not self._around(j)}
+        self.culprits: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"Openings(of {len(self._shares)} clients, {'ready' if self.ready() else 'waiting'})"
+
+    def add(self, holder: int, shares: Sequence[bytes]) -> None:
+        """One survivor's shares.
+
+        Raises:
+            SecureAggregationError: MALFORMED: another number of them. BAD_SHARE: one is out of range. Nothing is used.
+        """
+        owners = self._at.owners(holder)
+        if len(shares) != len(owners):
+            raise SecureAggregationError(Breach.MALFORMED, f"got {len(shares)} shares, expected {len(owners)}")
+        for share in shares:
+            check_share(share)
+        for owner, share in zip(owners, shares, strict=True):
+            self._shares[owner][self._at.graph.point(owner, holder)] = share
+
+    def ready(self) -> bool:
+        """True when every secret that is needed has shares enough."""
+        needed = self._at.graph.threshold
+        return all(len(shares) >= needed for owner, shares in self._shares.items() if owner not in self._alone)
+
+    def unmask(self, total: Vector, *, threads: int = 1) -> None:
+        """Take every mask that is left off the sum, in place.
+
+        Raises:
+            SecureAggregationError: BAD_RECONSTRUCTION: some secret cannot be found; the sum is useless.
+        """
+        plus, minus = self._masks()
+        apply_masks(total, plus, minus, suite=self._at.suite, threads=threads)
+
+    def _masks(self) -> tuple[list[bytes], list[bytes]]:
+        """The keys of the streams to add and to take away."""
+        at, plus = self._at, list[bytes]()
+        minus = [derive(self._seed(i), at.transcript.self_mask(i)) for i in members_of(at.survivors)]
+        for j in members_of(at.sharers & ~at.survivors):
+            if j in self._alone:
+                continue
+            secret_of = agreement(at.suite, self._key(j))
+            for i in self._around(j):
+                # The survivor i added this mask where j > i, and took it away where j < i.
+                key = derive(secret_of(at.members[i].mask_key), at.transcript.pair_mask(i, j))
+                (minus if j > i else plus).append(key)
+        return plus, minus
+
+    def _around(self, j: int) -> list[int]:
+        return list(members_of(self._at.survivors & self._at.graph.holder_set(j) & ~(1 << j)))
+
+    def _seed(self, owner: int) -> bytes:
+        at = self._at
+        return self._secret(owner, "seed", lambda s: at.transcript.seed_commitment(owner, s) == at.commitments[owner])
+
+    def _key(self, owner: int) -> bytes:
+        at = self._at
+
+        def fits(secret: bytes) -> bool:
+            try:
+                return key_of_secret(at.suite, secret).public == at.members[owner].mask_key
+            except SecureAggregationError:
+                return False
+
+        return self._secret(owner, "key", fits)
+
+    def _secret(self, owner: int, what: str, fits: Callable[[bytes], bool]) -> bytes:
+        shares, graph = self._shares[owner], self._at.graph
+        for tries, points in enumerate(subsets(list(shares), graph.threshold)):
+            secret = combine({x: shares[x] for x in points})
+            if secret is None or not fits(secret):
+                continue
+            if tries:
+                holders = graph.holders(owner)
+                self.culprits |= {self._at.members[holders[x - 1]].client for x in liars(shares, points)}
+            return secret
+        name = self._at.members[owner].client
+        raise SecureAggregationError(
+            Breach.BAD_RECONSTRUCTION,
+            f"{len(shares)} shares, threshold {graph.threshold}, do not give the {what} of {name!r}",
+            culprits=tuple(sorted(self.culprits)) or (name,),
+            hint="it shared another secret than it promised, or too many of its holders gave false shares",
+        )
