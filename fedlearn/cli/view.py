@@ -26,6 +26,8 @@ REDRAW_S: Final = 0.1
 """Clients may end by the thousand a second; the bar need not know of each."""
 MOST_TRACES: Final = 3
 """Tracebacks that are shown; each is in the run folder."""
+MOST_OUT: Final = 5
+"""Clients that are named as they drop out of a round; of more, how many."""
 _WIDTHS: Final = (7, 9, 9, 11, 10)
 
 
@@ -49,7 +51,7 @@ class RunView:
         self.ended: events.RunFinished | events.RunStopped | events.RunFailed | None = None
         self.rounds_done = 0
         self.round_rows: list[dict[str, Any]] = []
-        self._trained = self._of_round = self._cohort = 0
+        self._trained = self._of_round = self._cohort = self._out = 0
         self._rounds_s = self._drawn_s = 0.0
         self._raised = 0
 
@@ -87,7 +89,7 @@ class RunView:
                 self._start(event)
             case events.RoundStarted():
                 self._flush()
-                self._of_round, self._cohort = 0, event.cohort_size
+                self._of_round, self._cohort, self._out = 0, event.cohort_size, 0
                 if event.attempt > 1:
                     self._line(f"  round {event.round}: attempt {event.attempt}")
             case events.ClientFinished():
@@ -95,11 +97,15 @@ class RunView:
                 self._advance(seldom=True)
             case events.ClientDropped():
                 self._of_round += 1
-                self._line(f"  round {event.round}: {event.client} is out: {event.reason}")
+                self._out += 1
+                if self._out <= MOST_OUT:
+                    self._line(f"  round {event.round}: {event.client} is out: {event.reason}")
             case events.RoundVoid():
                 self._line(f"  round {event.round}: void: {event.reason}")
             case events.RoundFinished():
                 self._flush()
+                if self._out > MOST_OUT:
+                    self._line(f"  round {event.round}: {self._out - MOST_OUT} more are out")
                 self._pending, self.rounds_done = event, event.round
                 self._of_round = 0
                 self._trained += event.clients
@@ -158,13 +164,15 @@ class RunView:
                 "seconds": done.seconds,
                 "train_loss": done.train_loss,
                 "update_norm": done.update_norm,
+                **done.environment,
                 **(dict(mean) if mean is not None else {}),
             }
         )
         rounds = self.started.rounds if self.started is not None else done.round
         every = -(-rounds // MOST_ROWS) if self._terminal else 1
         if done.round % every == 0 or done.round in {1, rounds}:
-            self._line(_row(done.round, done.clients, f"{done.seconds:.2f}", done.train_loss, value))
+            row = _row(done.round, done.clients, f"{done.seconds:.2f}", done.train_loss, value)
+            self._line(row + _world(done.environment))
 
     def _line(self, text: str) -> None:
         if not self._rows:
@@ -180,6 +188,14 @@ class RunView:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+def _world(facts: Mapping[str, float]) -> str:
+    """What a round would have cost, where a world is simulated."""
+    if not facts:
+        return ""
+    moved = (facts.get("bytes_down", 0) + facts.get("bytes_up", 0)) / 1e6
+    return f"   {facts.get('virtual_seconds', 0):.4g} s virtual, {moved:.4g} MB"
 
 
 def _row(*cells: Any) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import itertools
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fedlearn.report.history import History
 
-MAX_CLIENT_LINES = 12
+MAX_CLIENT_LINES: Final = 12
+VIRTUAL: Final = "virtual_seconds"
+"""The column that a simulated environment adds: what each round would have taken."""
+_UNITS: Final = (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 def learning_curve(history: History, path: Path | None, title: str) -> Any:
-    """The primary metric and the training loss by round.
+    """The primary metric and the training loss by round; by virtual time where the run had a simulated environment.
 
     Args:
         history: the table.
@@ -24,31 +28,43 @@ def learning_curve(history: History, path: Path | None, title: str) -> Any:
         A matplotlib figure that no window manages.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    rounds = history.column("round")
+    along, name = _axis(history)
     for client in history.clients[:MAX_CLIENT_LINES]:
-        _line(top, rounds, history.column(f"{history.metric}@{client}"), label=client, linewidth=1, alpha=0.6)
+        _line(top, along, history.column(f"{history.metric}@{client}"), label=client, linewidth=1, alpha=0.6)
     if history.metric in history.columns:
-        _line(top, rounds, history.column(history.metric), label="mean over clients", linewidth=2.5, color="black")
+        _line(top, along, history.column(history.metric), label="mean over clients", linewidth=2.5, color="black")
         top.legend(fontsize=8, ncols=3, frameon=False)
     top.set_ylabel(history.metric.upper() if len(history.metric) <= 3 else history.metric)
     top.set_title(title, loc="left")
-    _line(bottom, rounds, history.column("train_loss"), color="black")
+    _line(bottom, along, history.column("train_loss"), color="black")
     bottom.set_ylabel("training loss")
-    bottom.set_xlabel("round")
+    bottom.set_xlabel(name)
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    bottom.xaxis.get_major_locator().set_params(integer=True)
+    if name == "round":
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     if path is not None:
         figure.savefig(path, dpi=130)
     return figure
 
 
-def _line(axes: Any, rounds: list[int], values: list[float | None], **style: Any) -> None:
-    points = [(r, v) for r, v in zip(rounds, values, strict=True) if v is not None]
+def _axis(history: History) -> tuple[list[float], str]:
+    """Where each row stands, and what that is called."""
+    seconds = history.column(VIRTUAL) if VIRTUAL in history.columns else []
+    if not seconds or None in seconds:
+        return history.column("round"), "round"
+    times = list(itertools.accumulate(seconds))
+    name, unit = next((name, unit) for name, unit in _UNITS if times[-1] >= unit or unit == 1.0)
+    return [time_s / unit for time_s in times], f"virtual time, {name}"
+
+
+def _line(axes: Any, along: list[float], values: list[float | None], **style: Any) -> None:
+    points = [(place, v) for place, v in zip(along, values, strict=True) if v is not None]
     if points:
         x, y = zip(*points, strict=True)
         axes.plot(x, y, marker="." if len(points) < 30 else None, **style)
