@@ -21,8 +21,8 @@ from fedlearn.errors import UpdateError
 
 QUANTUM_BITS: Final = 32
 """A coordinate is held in units of 2**-32."""
-FINE_QUANTUM_BITS: Final = 40
-"""For float64, whose users compare results to more digits; it leaves 2**23 for the sum of weight times value."""
+FINE_QUANTUM_BITS: Final = 42
+"""For float64, whose users compare results to more digits; it leaves 2**21 for the sum of weight times value."""
 HEADROOM: Final = 2**63 - 1
 BLOCK: Final = 1 << 16
 """Values are converted this many at a time, so that a sum needs no copy of the update."""

@@ -40,11 +40,6 @@ class Chain:
 
     layers: tuple[Layer, ...]
 
-    @property
-    def dense(self) -> bool:
-        """True when there is nothing but linear layers and element-wise functions."""
-        return all(isinstance(layer, Linear | Activation | Affine) for layer in self.layers)
-
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         """The model's outputs with weights given by name."""
         for layer in self.layers:
@@ -88,13 +83,13 @@ def chain_of(model: nn.Module) -> Chain | NotAChain:
     training = model.training
     model.train()
     try:
-        graph = fx.Tracer().trace(model)
+        graph = None if type(model) in _MODULES else fx.Tracer().trace(model)
     except Exception as error:  # whatever a user's forward raises on a symbolic input
         return NotAChain(f"its forward cannot be followed: {str(error).partition(chr(10))[0]}")
     finally:
         model.train(training)
     try:
-        layers = _layers(model, graph)
+        layers = _alone(model) if graph is None else _layers(model, graph)
         _check_parameters(model, layers)
     except _Refused as refusal:
         return NotAChain(str(refusal))
@@ -103,6 +98,12 @@ def chain_of(model: nn.Module) -> Chain | NotAChain:
 
 class _Refused(Exception):  # noqa: N818  # never leaves this file
     """Why not."""
+
+
+def _alone(model: nn.Module) -> tuple[Layer, ...]:
+    """A model that is a single known layer."""
+    layer = _of_module("model", model, {id(p): name for name, p in trainable(model).items()})
+    return () if layer is None else (layer,)
 
 
 def _layers(model: nn.Module, graph: fx.Graph) -> tuple[Layer, ...]:

@@ -50,8 +50,8 @@ class SequentialBackend:
 
     def fit(self, work: Work) -> Iterator[Fitted | Failed]:
         for client in work.cohort:
-            state = self._memories.at(client, work.base.get(client)) if self._strategy.stateful else {}
             try:
+                state = self._memories.at(client, work.base.get(client)) if self._strategy.stateful else {}
                 result = self.fit_one(work, client, state)
                 reply = Fitted(client, apply_on_client(self._chain, result.update))
             except Exception as error:  # a user's task may raise anything; the others' work goes on
@@ -77,8 +77,8 @@ class SequentialBackend:
 
     def evaluate(self, work: Work) -> Iterator[Scored | Failed]:
         for client in work.cohort:
-            state = self._memories.peek(client, work.base.get(client)) if self._strategy.stateful else {}
             try:
+                state = self._memories.peek(client, work.base.get(client)) if self._strategy.stateful else {}
                 yield self.score_one(work, client, state)
             except Exception as error:  # as in `fit`
                 yield raised(client, error)

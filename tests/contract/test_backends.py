@@ -12,10 +12,13 @@ from fedlearn.app import load_app
 from fedlearn.arrays import digest
 from fedlearn.data.population import build_population
 from fedlearn.learning import local
-from fedlearn.learning.backend import Backend, Failed, Fitted, Scored, Work
+from fedlearn.learning.backend import Backend, Failed, Fitted, Scored, Summed, Work
+from fedlearn.learning.collect import collector_for
 from fedlearn.learning.messages import RequestEncoder
+from fedlearn.learning.postprocess import apply_on_client, chain_of
 from fedlearn.learning.task import build_model
 from fedlearn.learning.update import Update
+from fedlearn.simulation.batched import BatchedBackend
 from fedlearn.simulation.sequential import SequentialBackend
 from fedlearn.study import Study
 from server.rounds import GridBackend
@@ -40,11 +43,36 @@ def bytes_of(update: Update):
 
 
 def fitted(backend: Backend, work: Work):
-    return {reply.client: bytes_of(reply.update) for reply in backend.fit(work) if isinstance(reply, Fitted)}
+    """By client, what came of it: its own update, or the sum that it is in."""
+    found = {}
+    for reply in backend.fit(work):
+        if isinstance(reply, Fitted):
+            found[reply.client] = bytes_of(reply.update)
+        elif isinstance(reply, Summed):
+            found |= {client: (reply.partial.checksum(), facts) for client, facts in reply.facts.items()}
+    return found
+
+
+def clients_of(reply) -> list[str]:
+    return list(reply.facts) if isinstance(reply, Summed) else [reply.client]
+
+
+def total_of(study: Study, model, replies):
+    """The mean of all updates, by release and array."""
+    collector = collector_for(strategy_of(study), model)
+    for reply in replies:
+        if isinstance(reply, Summed):
+            collector.merge(reply.partial)
+        else:
+            collector.add(reply.client, reply.update)
+    return {(release, name): a for release, m in collector.aggregate(9).means.items() for name, a in m.items()}
 
 
 class BackendContract:
     """The tests."""
+
+    tolerance = 0.0
+    """Of float32 results; 0 where they are the same bytes."""
 
     @abstractmethod
     def make(self, study: Study) -> Backend:
@@ -56,12 +84,14 @@ class BackendContract:
         return made
 
     @pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "scaffold", "ditto"])
-    def test_updates_are_local_trainings(self, strategy):
-        """Bytes of `local.fit`, called here for each client by itself."""
-        study = tiny_study(f"strategy.name={strategy}")
+    @pytest.mark.parametrize("clip", [None, 0.01])
+    def test_updates_are_local_trainings(self, strategy, clip):
+        """`local.fit`, called here for each client by itself, clipped where the study says so."""
+        study = tiny_study(f"strategy.name={strategy}", *([] if clip is None else [f"update.clip_l2={clip}"]))
         work = work_of(study, round_=3)
         population = build_population(study, TASK)
-        for client, got in fitted(self.backend(study), work).items():
+        expected = []
+        for client in CLIENTS:
             result = local.fit(
                 TASK,
                 build_model(TASK, 0),
@@ -73,23 +103,29 @@ class BackendContract:
                 shared=work.shared,
                 state={},
             )
-            assert got == bytes_of(result.update)
+            expected.append(Fitted(client, apply_on_client(chain_of(study), result.update)))
+        wanted = total_of(study, work.model, expected)
+        got = total_of(study, work.model, self.backend(study).fit(work))
+        assert got.keys() == wanted.keys()
+        for place, array in wanted.items():
+            np.testing.assert_allclose(got[place], array, rtol=self.tolerance, atol=self.tolerance * 0.01)
 
     def test_each_client_of_a_cohort_gets_one_reply(self):
         study = tiny_study()
         backend = self.backend(study)
         for cohort in (CLIENTS, CLIENTS[1:3], ("ada",), ()):
-            assert sorted(reply.client for reply in backend.fit(work_of(study, cohort))) == sorted(cohort)
+            replies = backend.fit(work_of(study, cohort))
+            assert sorted(client for reply in replies for client in clients_of(reply)) == sorted(cohort)
             assert sorted(reply.client for reply in backend.evaluate(work_of(study, cohort))) == sorted(cohort)
 
     def test_somebody_who_is_not_there_fails_alone(self):
         study = tiny_study()
         backend = self.backend(study)
         for exchange in (backend.fit, backend.evaluate):
-            replies = {reply.client: reply for reply in exchange(work_of(study, ("ada", "zoe")))}
+            replies = {c: reply for reply in exchange(work_of(study, ("ada", "zoe"))) for c in clients_of(reply)}
             assert isinstance(replies["zoe"], Failed)
             assert replies["zoe"].reason
-            assert isinstance(replies["ada"], Fitted | Scored)
+            assert isinstance(replies["ada"], Fitted | Summed | Scored)
 
     def test_who_else_takes_part_and_who_went_before_does_not_matter(self):
         study = tiny_study("task.options.hidden=3", "task.options.dropout=0.5")
@@ -121,13 +157,6 @@ class BackendContract:
         assert fitted(backend, second) == continued[1], "asked again, the same"
         assert fitted(fresh, second) == {}, "who does not have the base does not take part"
 
-    def test_clipping_is_done_before_an_update_is_handed_over(self):
-        study = tiny_study("update.clip_l2=0.01")
-        for reply in self.backend(study).fit(work_of(study)):
-            assert isinstance(reply, Fitted)
-            norm = np.sqrt(sum(np.square(a, dtype=float).sum() for a in reply.update.private["delta"].values()))
-            assert 0.0099 < norm <= 0.01
-
     def test_evaluation_scores_the_test_rows(self):
         study = tiny_study()
         population = build_population(study, TASK)
@@ -137,13 +166,21 @@ class BackendContract:
             test = population.client(reply.client).test
             assert reply.examples == len(test)
             expected = local.evaluate(TASK, build_model(TASK, 0), study.train, test, work.model)
-            assert dict(reply.metrics) == expected
+            assert dict(reply.metrics) == pytest.approx(expected, rel=self.tolerance, abs=0)
 
 
 class TestSequential(BackendContract):
     def make(self, study):
         task = TinyTask(**study.task.options)
         return SequentialBackend(study, build_population(study, task), strategy_of(study))
+
+
+class TestBatched(BackendContract):
+    tolerance = 1e-5
+
+    def make(self, study):
+        task = TinyTask(**study.task.options)
+        return BatchedBackend(study, build_population(study, task), strategy_of(study), workers=2)
 
 
 class TestGrid(BackendContract):
