@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -158,6 +158,37 @@ class BlockTrainer(Protocol):
             direction: as in `strategy.Pass`; given and expected to return tensors with a leading client dimension.
             block: who, with their rows.
             plan: which rows at which step.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SummedPass:
+    """What a pass of a block gives where only the sum over its clients is asked for.
+
+    Args:
+        total: sum over clients of share times (weights after the last step - initial weights), flat, shape (parameters,).
+        loss_sums: as in `Stacked`.
+        loss_counts: as in `Stacked`.
+    """
+
+    total: torch.Tensor
+    loss_sums: npt.NDArray[np.float64]
+    loss_counts: IntArray
+
+
+@runtime_checkable
+class SummingTrainer(BlockTrainer, Protocol):
+    """A trainer that is faster where nobody needs the clients' own updates."""
+
+    def run_sum(self, initial: Tensors, block: Block, plan: StepPlan, shares: npt.NDArray[np.float64]) -> SummedPass:
+        """One pass of every client of a block along the plain gradient, summed; each client's update is not kept.
+
+        Args:
+            initial: weights before the first step, by name, without a client dimension.
+            block: who, with their rows.
+            plan: which rows at which step.
+            shares: each client's factor in the sum, shape (clients,).
         """
         ...
 

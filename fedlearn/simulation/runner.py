@@ -20,7 +20,7 @@ from fedlearn.learning.postprocess import ClipL2, apply_on_client, chain_of
 from fedlearn.learning.strategy import MAIN, ClientStart, Strategy, Trained
 from fedlearn.learning.task import Batch
 from fedlearn.learning.update import DELTA, Update, Weighting
-from fedlearn.simulation.blocks import Block, StepPlan, by_steps
+from fedlearn.simulation.blocks import Block, StepPlan, SummingTrainer, by_steps
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedlearn.learning.memory import Memories
     from fedlearn.learning.strategy import Tensors
     from fedlearn.learning.task import Population
-    from fedlearn.simulation.blocks import BlockTrainer, Layout, Stacked
+    from fedlearn.simulation.blocks import BlockTrainer, Layout, Stacked, SummedPass
     from fedlearn.simulation.plan import TrainingPlan, Way
     from fedlearn.study import Study
 
@@ -60,6 +60,13 @@ class BlockRunner:
         self._device = next(model.parameters()).device
         self._trainers: dict[Way, BlockTrainer] = {}
         self._chain = chain_of(study)
+        kind = type(strategy)
+        self._sums_only = (
+            kind.client_passes is Strategy.client_passes
+            and kind.client_finish is Strategy.client_finish
+            and strategy.linear
+            and not self._chain
+        )
         self._precision = np.dtype(study.train.precision)
 
     def run(self, plan: TrainingPlan, work: Work, clients: Sequence[str]) -> list[Fitted | Summed | Failed]:
@@ -124,6 +131,11 @@ class BlockRunner:
         block = Block(self._study.seed, work.round, tuple(m.client for m in members), tuple(m.data for m in members))
         model, shared = self._tensors(work.model, work.shared)
         start = ClientStart(model, shared, self._stacked(members))
+        if self._sums_only and isinstance(trainer, SummingTrainer):
+            try:
+                return [self._train_sum(trainer, block, members, start)]
+            except UpdateError:  # somebody's update is not finite or too large: taken apart, it is refused by name
+                pass
         trained: dict[str, Trained] = {}
         facts: list[dict[str, float]] = []
         main: Stacked | None = None
@@ -150,6 +162,14 @@ class BlockRunner:
             for release, tensors in finish.releases.items()
         }
         return self._release(trainer.layout, members, releases, facts)
+
+    def _train_sum(self, trainer: SummingTrainer, block: Block, members: list[_Member], start: ClientStart) -> Summed:
+        """Plain FedAvg's client rule: nobody needs any client's own update."""
+        plan = StepPlan.of(self._study.train, block, MAIN)
+        (release,) = self._strategy.releases
+        weights = block.counts if release.weighting is Weighting.EXAMPLES else np.ones(len(members))
+        done = trainer.run_sum(start.model, block, plan, weights.astype(np.float64))
+        return self._as_reply(trainer.layout, members, {release.name: done.total.double()}, _facts(done, plan))
 
     def _tensors(self, *parts: Arrays) -> Iterator[Tensors]:
         for arrays in parts:  # copies: torch wants them writable
@@ -191,19 +211,27 @@ class BlockRunner:
         """
         examples = torch.tensor([float(len(m.data)) for m in members], dtype=torch.float64, device=self._device)
         scale = self._clip_scales(releases)
-        sums = {}
+        totals = {}
         for release in self._strategy.releases:
             weights = scale * examples if release.weighting is Weighting.EXAMPLES else scale
             stack = releases[release.name]
-            total = torch.cat([weights @ stack[:, i : i + COLUMNS].double() for i in range(0, stack.shape[1], COLUMNS)])
-            named = {name: t.numpy() for name, t in layout.views(total.cpu()).items()}
+            parts = [weights @ stack[:, i : i + COLUMNS].double() for i in range(0, stack.shape[1], COLUMNS)]
+            totals[release.name] = torch.cat(parts)
+        return self._as_reply(layout, members, totals, facts)
+
+    def _as_reply(
+        self, layout: Layout, members: list[_Member], totals: Mapping[str, torch.Tensor], facts: list[dict[str, float]]
+    ) -> Summed:
+        """The block's weighted sums, flat and in float64, in integers."""
+        examples = {member.client: len(member.data) for member in members}
+        sums = {}
+        for release in self._strategy.releases:
+            named = {name: t.numpy() for name, t in layout.views(totals[release.name].cpu()).items()}
             specs = {name: Spec(a.shape, self._precision.name) for name, a in named.items()}
+            weight = sum(examples.values()) if release.weighting is Weighting.EXAMPLES else len(members)
             sums[release.name] = IntegerSum(specs, quantum_bits_for(specs))
-            by_examples = release.weighting is Weighting.EXAMPLES
-            weight = sum(len(m.data) for m in members) if by_examples else len(members)
             sums[release.name].add_sum(named, weight, len(members))
-        partial = PartialSum(sums, {member.client: len(member.data) for member in members})
-        return Summed(partial, {member.client: facts[i] for i, member in enumerate(members)})
+        return Summed(PartialSum(sums, examples), {member.client: facts[i] for i, member in enumerate(members)})
 
     def _clip_scales(self, releases: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What each client's update is multiplied with, shape (clients,), float64: the clipping steps of the chain, one after another."""
@@ -240,7 +268,7 @@ class _Member:
     state: Arrays = field(repr=False)
 
 
-def _facts(done: Stacked, plan: StepPlan) -> list[dict[str, float]]:
+def _facts(done: Stacked | SummedPass, plan: StepPlan) -> list[dict[str, float]]:
     sums: npt.NDArray[np.float64] = done.loss_sums
     return [
         {"loss": float(total / count), "steps": float(steps)}
