@@ -115,12 +115,14 @@ def _layers(model: nn.Module, graph: fx.Graph) -> tuple[Layer, ...]:
             current = node
         elif node.op == "output" and node.args == (current,):
             return tuple(layers)
+        elif node.op == "get_attr":
+            raise _Refused(f"{node.target} is used outside a known layer")
         elif current is None or node.op in {"placeholder", "output"}:
             raise _Refused("expected one input and one output tensor")
         elif not _is_batch_size(node):
             others = [user for user in current.users if not _is_batch_size(user)]
             if others != [node]:
-                raise _Refused(f"{current.name} is used {len(others)} times; expected a straight line")
+                raise _Refused(f"{current.name} is used more than once; expected a straight line")
             layer = _layer(model, node, current, names)
             layers += [] if layer is None else [layer]
             current = node
