@@ -74,12 +74,16 @@ class ClientFinished(Event):
 
 @dataclass(frozen=True)
 class ClientDropped(Event):
-    """A client's update did not enter the sum: it vanished, refused, crashed, or what it sent was rejected."""
+    """A client's update did not enter the sum: it vanished, refused, crashed, or what it sent was rejected.
+
+    `virtual` is True where it vanished, or came too late, in a simulated environment only.
+    """
 
     run: str
     round: int
     client: str
     reason: str
+    virtual: bool = False
 
 
 @dataclass(frozen=True)

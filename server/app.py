@@ -50,6 +50,8 @@ def main(grid: Grid, context: Context) -> None:
 
     runtime: RunRuntime | None = getattr(grid, "runtime", None)
     study = _study(runtime, context)
+    if study.environment is not None:
+        log.warning("study %s: its [environment] is for simulations and is ignored; these clients are real", study.name)
     run = runtime.run_id if runtime is not None else f"flower-{context.run_id}"
     torch.set_num_threads(study.runtime.threads)
     task = load_task(study.task.name, study.task.options)

@@ -50,7 +50,9 @@ def run(
     path = found.study(study)
     extra = (*(overrides or ()), *([f"rounds={rounds}"] if rounds is not None else []))
     if found.native:  # a foreign app's run config is its coordinator's to read
-        load_study(path, extra)  # refused here, with file and line, before anything is sent
+        asked = load_study(path, extra)  # refused here, with file and line, before anything is sent
+        if asked.environment is not None:
+            print(f"{path}: its [environment] is for simulations and is ignored by a real federation", file=sys.stderr)
     text = _read(path)
     with connect(server, tls) as control:
         run_id = control.submit(text, extra)

@@ -95,11 +95,13 @@ class Failed:
         client: its id.
         reason: why, in a sentence.
         trace: of what its code raised, in a simulation; never sent by a site.
+        virtual: True for one that a simulated environment took away, as the study asked.
     """
 
     client: str
     reason: str
     trace: str = field(default="", repr=False)
+    virtual: bool = False
 
 
 def raised(client: str, error: Exception) -> Failed:

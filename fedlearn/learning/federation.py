@@ -189,7 +189,8 @@ class Federation:
                     losses[client] = (facts.get("loss", math.nan), examples)
                     self._emit(events.ClientFinished(self._run, at.round, client, facts))
                 else:
-                    self._emit(events.ClientDropped(self._run, at.round, client, reason))
+                    virtual = isinstance(reply, Failed) and reply.virtual
+                    self._emit(events.ClientDropped(self._run, at.round, client, reason, virtual))
         if self._machine.state is RoundState.OPEN:
             self._machine.close()
         elif self._machine.state is RoundState.REFILL:

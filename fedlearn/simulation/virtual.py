@@ -109,7 +109,7 @@ class EnvironmentBackend:
         reasons = dict(self._reasons(attempt))
         for client in work.cohort:
             if client not in arrived:
-                yield Failed(client, reasons[client])
+                yield Failed(client, reasons[client], virtual=True)
         if cohort := tuple(client for client in work.cohort if client in arrived):
             yield from self._inner.fit(replace(work, cohort=cohort))
 

@@ -24,6 +24,8 @@ METRICS = st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False)
 def values(name: str, kind: object) -> st.SearchStrategy:
     if kind is str:
         return TEXT
+    if kind is bool:
+        return st.booleans()
     if kind is int:
         return st.integers(0, 10**12)
     if kind is float:
