@@ -97,8 +97,8 @@ class RunView:
                 self._advance(seldom=True)
             case events.ClientDropped():
                 self._of_round += 1
-                self._out += 1
-                if self._out <= MOST_OUT:
+                self._out += not event.virtual  # the row counts those
+                if self._out <= MOST_OUT and not event.virtual:
                     self._line(f"  round {event.round}: {event.client} is out: {event.reason}")
             case events.RoundVoid():
                 self._line(f"  round {event.round}: void: {event.reason}")
@@ -195,7 +195,9 @@ def _world(facts: Mapping[str, float]) -> str:
     if not facts:
         return ""
     moved = (facts.get("bytes_down", 0) + facts.get("bytes_up", 0)) / 1e6
-    return f"   {facts.get('virtual_seconds', 0):.4g} s virtual, {moved:.4g} MB"
+    words = {"unavailable": "away", "dropouts": "vanished", "stragglers": "late"}
+    out = "".join(f", {facts[key]:.0f} {word}" for key, word in words.items() if facts.get(key))
+    return f"   {facts.get('virtual_seconds', 0):.4g} s virtual, {moved:.4g} MB{out}"
 
 
 def _row(*cells: Any) -> str:
