@@ -19,7 +19,7 @@ from fedlearn.learning.memory import Memories, MemoriesInRam
 from fedlearn.learning.strategy import Strategy
 from fedlearn.learning.task import Batch, build_model
 from fedlearn.simulation.plan import TrainingPlan, Way, plan_training
-from fedlearn.simulation.runner import BlockRunner
+from fedlearn.simulation.runner import BlockRunner, asks_for_sums_only
 from fedlearn.simulation.sequential import SequentialBackend
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ class BatchedBackend:
             example = _some_rows(self._population, cohort)
             if example is None:
                 return TrainingPlan(Way.SEQUENTIAL, 1, "no client of this cohort has training rows")
-            self._plan = plan_training(self._population.task, self._model, self._study, example)
+            task, sums_only = self._population.task, asks_for_sums_only(self._strategy, self._study)
+            self._plan = plan_training(task, self._model, self._study, example, sums_only=sums_only)
         return self._plan
 
     def fit(self, work: Work) -> Iterator[Fitted | Summed | Failed]:

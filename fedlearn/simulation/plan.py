@@ -73,7 +73,9 @@ class TrainingPlan:
         return (GeneralTrainer if self.way is Way.GENERAL else SingleTrainer)(task, model, study.train)
 
 
-def plan_training(task: Task, model: torch.nn.Module, study: Study, example: Batch) -> TrainingPlan:
+def plan_training(
+    task: Task, model: torch.nn.Module, study: Study, example: Batch, *, sums_only: bool = False
+) -> TrainingPlan:
     """The plan for a study.
 
     Args:
@@ -81,6 +83,7 @@ def plan_training(task: Task, model: torch.nn.Module, study: Study, example: Bat
         model: on the device to train on, in the study's precision.
         study: its [train] table matters.
         example: some training rows, at least one and better three different ones; the model is tried on them.
+        sums_only: nobody needs a client's own update, see `runner.asks_for_sums_only`; no stack is then made for convolutions.
     """
     tried = _try(task, model, example)
     if tried.drew:
@@ -94,7 +97,8 @@ def plan_training(task: Task, model: torch.nn.Module, study: Study, example: Bat
     if isinstance(chain, Chain) and is_dense(chain):
         return _plan(Way.DENSE, model, "linear layers and element-wise functions: stacked, own backward pass", chain)
     if isinstance(chain, Chain) and device.type == "cpu":
-        return _plan(Way.CONVOLUTION, model, "a chain with convolutions on a CPU: client by client, fused", chain)
+        reason, copies = "a chain with convolutions on a CPU: client by client, fused", 1 if sums_only else COPIES
+        return _plan(Way.CONVOLUTION, model, reason, chain, copies)
     count = sum(p.numel() for p in trainable(model).values())
     if device.type == "cpu" and count > VMAP_PARAMETERS:
         return TrainingPlan(Way.SINGLE, 1, f"{count} parameters: a client by itself keeps a CPU core busy")
@@ -104,9 +108,11 @@ def plan_training(task: Task, model: torch.nn.Module, study: Study, example: Bat
     return _plan(Way.GENERAL, model, chain.reason if isinstance(chain, NotAChain) else f"convolutions on {device}")
 
 
-def _plan(way: Way, model: torch.nn.Module, reason: str, chain: Chain | None = None) -> TrainingPlan:
+def _plan(
+    way: Way, model: torch.nn.Module, reason: str, chain: Chain | None = None, copies: int = COPIES
+) -> TrainingPlan:
     row = sum(p.numel() * p.element_size() for p in trainable(model).values())
-    fitting = STACK_BYTES // (COPIES * row)
+    fitting = STACK_BYTES // (copies * row)
     return TrainingPlan(way, max(1, min(MOST_CLIENTS[way], fitting)), reason, chain)
 
 

@@ -60,13 +60,7 @@ class BlockRunner:
         self._device = next(model.parameters()).device
         self._trainers: dict[Way, BlockTrainer] = {}
         self._chain = chain_of(study)
-        kind = type(strategy)
-        self._sums_only = (
-            kind.client_passes is Strategy.client_passes
-            and kind.client_finish is Strategy.client_finish
-            and strategy.linear
-            and not self._chain
-        )
+        self._sums_only = asks_for_sums_only(strategy, study)
         self._precision = np.dtype(study.train.precision)
 
     def run(self, plan: TrainingPlan, work: Work, clients: Sequence[str]) -> list[Fitted | Summed | Failed]:
@@ -114,9 +108,13 @@ class BlockRunner:
         """Everybody's rows and state, and who cannot take part."""
         members: list[_Member] = []
         failed: list[Fitted | Summed | Failed] = []
-        for client in clients:
+        try:
+            found: Sequence[Batch | None] = self._population.block(clients)
+        except FedlearnError:  # somebody's rows cannot be had: asked one by one, it is known whose
+            found = [None] * len(clients)
+        for client, batch in zip(clients, found, strict=True):
             try:
-                data = self._population.client(client).train
+                data = batch if batch is not None else self._population.client(client).train
                 if not len(data):
                     raise UpdateError(f"client {client!r}: no training rows, so it has nothing to add to the mean")
                 state = self._memories.at(client, work.base.get(client)) if self._strategy.stateful else {}
@@ -257,6 +255,13 @@ class BlockRunner:
             return Fitted(member.client, apply_on_client(self._chain, Update(private, len(member.data), facts)))
         except FedlearnError as error:
             return Failed(member.client, error.message)
+
+
+def asks_for_sums_only(strategy: Strategy, study: Study) -> bool:
+    """True when nobody needs any client's own update: plain local training, nothing done to an update, a linear aggregate."""
+    kind = type(strategy)
+    plain = kind.client_passes is Strategy.client_passes and kind.client_finish is Strategy.client_finish
+    return plain and strategy.linear and not chain_of(study)
 
 
 @dataclass(frozen=True)
