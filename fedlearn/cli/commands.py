@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedlearn import __version__
-from fedlearn.cli import catalogue, certs, demo, model, processes, runs, simulate
+from fedlearn.cli import catalogue, certs, compare, demo, model, processes, runs, simulate, sweep
 from fedlearn.cli.framework import add, group
 
 app = group("One model from many organisations' data, without anyone showing theirs.")
@@ -43,6 +43,21 @@ add(
     "fedlearn simulate --resume runs/first",
     "fedlearn simulate simulations/heart.toml --profile",
     "fedlearn simulate simulations/heart.toml --inline cleveland --round 3",
+)
+add(
+    app,
+    "sweep",
+    sweep.sweep,
+    "Run a grid of studies and compare them.",
+    "fedlearn sweep simulations/heart.toml --grid strategy=fedavg,fedprox --grid seed=0..4",
+    "fedlearn sweep simulations/heart.toml --grid lr=0.03,0.1,0.3 --workers 2 --json",
+)
+add(
+    app,
+    "compare",
+    compare.compare,
+    "Compare run folders: a table and a plot.",
+    "fedlearn compare runs/first runs/second --plot both.png",
 )
 add(
     app,

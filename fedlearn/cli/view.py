@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from fedlearn import events
 from fedlearn.cli.output import cell
+from fedlearn.cli.progress import plain_progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -126,9 +127,9 @@ class RunView:
         again = self.started is not None
         self.started, self.rounds_done = event, event.rounds_done
         if self._bar and self._progress is None:
-            self._progress = _make_progress()
+            self._progress = plain_progress()
             self._progress.start()
-            self._task = self._progress.add_task(event.study, total=event.rounds, round="0", metric="", speed="")
+            self._task = self._progress.add_task(event.study, total=event.rounds, note="")
         self._advance()
         if again:
             self._line(f"  resumed after round {event.rounds_done}")
@@ -146,9 +147,9 @@ class RunView:
         speed = f"{self.clients_per_s:.3g} clients/s" if self._rounds_s else ""
         # A round that is under way counts for as much of it as is done: a long one moves the bar and the time left too.
         part = min(self._of_round / self._cohort, 1.0) if self._cohort else 0.0
-        self._progress.update(
-            self._task, completed=self.rounds_done + part, round=str(self.rounds_done), metric=shown, speed=speed
-        )
+        rounds = "" if self.started is None else f"{self.rounds_done}/{self.started.rounds}"
+        note = "  ".join(filter(None, [rounds, shown, speed]))
+        self._progress.update(self._task, completed=self.rounds_done + part, note=note)
 
     def _flush(self, mean: Mapping[str, float] | None = None) -> None:
         done, self._pending = self._pending, None
@@ -202,31 +203,3 @@ def _world(facts: Mapping[str, float]) -> str:
 
 def _row(*cells: Any) -> str:
     return "".join(cell(value).rjust(width) for value, width in zip(cells, _WIDTHS, strict=True))
-
-
-def _make_progress() -> Progress:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[round]}/{task.total:g}"),
-        TextColumn("{task.fields[metric]}"),
-        TextColumn("{task.fields[speed]}"),
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        # Rows for a pipe must not end up on the terminal where the bar is.
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )

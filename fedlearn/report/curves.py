@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fedlearn.report.history import History
+    from fedlearn.report.runs import SideBySide
 
 MAX_CLIENT_LINES: Final = 12
 VIRTUAL: Final = "virtual_seconds"
@@ -48,6 +49,45 @@ def learning_curve(history: History, path: Path | None, title: str) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
     if name == "round":
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if path is not None:
+        figure.savefig(path, dpi=130)
+    return figure
+
+
+def side_by_side(runs: SideBySide, path: Path | None, title: str) -> Any:
+    """The primary metric of several groups of runs, by round or by virtual time.
+
+    Args:
+        runs: what to draw.
+        path: where to save a PNG; None for nowhere.
+        title: shown above.
+
+    Returns:
+        A matplotlib figure that no window manages.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    along = runs.along
+    for group in runs.groups:
+        points = group.curve(runs.metric, along)
+        if not points:
+            continue
+        x, mean, spread = zip(*points, strict=True)
+        (line,) = axes.plot(x, mean, marker="." if len(points) < 30 else None, linewidth=2, label=group.label)
+        if any(spread):
+            low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    if axes.lines:
+        axes.legend(fontsize=8, frameon=False, title=", ".join(runs.keys) or None, title_fontsize=8)
+    axes.set_xlabel("round" if along == "round" else "virtual time (s)")
+    axes.set_ylabel(runs.metric.upper() if len(runs.metric) <= 3 else runs.metric)
+    axes.set_title(title, loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if along == "round":
+        axes.locator_params(axis="x", integer=True)
     if path is not None:
         figure.savefig(path, dpi=130)
     return figure

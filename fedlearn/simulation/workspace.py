@@ -192,16 +192,17 @@ def made_with() -> dict[str, str]:
 
 def differences(one: Study, other: Study, ignore: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
     """Keys in which two studies differ, with both values."""
-    left, right = (_leaves(json.loads(study.to_json())) for study in (one, other))
+    left, right = (leaves(json.loads(study.to_json())) for study in (one, other))
     keys = [key for key in {**left, **right} if key not in ignore]
     return {key: (left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)}
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of tables as whole keys and their values."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            found |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found
