@@ -8,6 +8,7 @@ from decimal import ROUND_CEILING, Decimal, InvalidOperation, localcontext
 from typing import Protocol
 
 from fedlearn.errors import StateError
+from fedlearn.release.keys import ReleaseKey
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,38 @@ class Charger(Protocol):
         Raises:
             StateError: a cost cannot be read.
         """
+        ...
+
+
+class Book(Protocol):
+    """A record of charges that outlives runs and journals: the site's ledger. All that it is told is durable when it returns.
+
+    The gate writes a charge here before it commits the release, so the book may hold a charge whose bytes never came to be, and
+    never lacks one whose bytes did.
+    """
+
+    def charges(self, account: str) -> Sequence[Charge]:
+        """Every charge of an account, in order."""
+        ...
+
+    def has(self, key: ReleaseKey) -> bool:
+        """Whether a charge for this release stands here."""
+        ...
+
+    def charge(self, key: ReleaseKey, charge: Charge) -> None:
+        """Add a charge.
+
+        Raises:
+            StateError: the disk refused; it is unknown whether the charge stands.
+        """
+        ...
+
+    def refuse(self, key: ReleaseKey, charge: Charge, reason: str, message: str) -> None:
+        """Note that a release was refused, and why. Nothing is charged."""
+        ...
+
+    def void(self, key: ReleaseKey) -> None:
+        """Note that a charged release was given up. Its charge stands; repeats are ignored."""
         ...
 
 

@@ -16,6 +16,9 @@ TRAIN: Final = "train"
 UNMASK: Final = "unmask"
 """The exchange in which a client helps to open the sum; answered for one request only."""
 
+ADMISSION: Final = "admission"
+"""Not an exchange: the key under which a whole run's charge stands in a ledger."""
+
 NAME_LIMIT_BYTES: Final = 200
 NUMBER_LIMIT: Final = 2**31 - 1
 _DOMAIN: Final = b"fedlearn/release-key/v1"

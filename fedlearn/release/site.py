@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fedlearn.errors import LocalProtocolError, StateError
-from fedlearn.release.charge import Charge, Charger
+from fedlearn.release.charge import Book, Charge, Charger
 from fedlearn.release.journal import Changes, Journal, pack, unpack
-from fedlearn.release.keys import TRAIN, UNMASK, AttemptId, ReleaseKey, record_key
+from fedlearn.release.keys import ADMISSION, TRAIN, UNMASK, AttemptId, ReleaseKey, record_key
 from fedlearn.release.records import (
     STATUS_TRANSITIONS,
     Finished,
@@ -90,16 +90,20 @@ class SiteGate:
         journal: where releases are committed; a gate opened on it knows all that was committed before.
         charger: weighs charges against the site's budgets.
         policy: the site's other limits.
+        book: the site's ledger. A charge that the journal has and the ledger lacks (it was damaged) is entered again.
 
     Raises:
         StateError: the journal is damaged. Also raised by every later call once a write has failed: it is then unknown
             what is on the disk, and only a gate opened anew may go on.
     """
 
-    def __init__(self, journal: Journal, charger: Charger, policy: SitePolicy | None = None) -> None:
+    def __init__(
+        self, journal: Journal, charger: Charger, policy: SitePolicy | None = None, book: Book | None = None
+    ) -> None:
         self._journal = journal
         self._charger = charger
         self._policy = policy if policy is not None else SitePolicy()
+        self._book = book
         self._runs: defaultdict[str, _Run] = defaultdict(_Run)
         self._failed = False
         for name, data in journal.scan("release/"):
@@ -112,6 +116,28 @@ class SiteGate:
             run = self._runs[str(fields["run"])]
             run.base = AttemptId.from_pair(fields["base"], what=name)
             run.state_at = None if fields["state_at"] is None else AttemptId.from_pair(fields["state_at"], what=name)
+        if book is not None:
+            _reconcile(self.releases(), book)
+
+    def admit(self, run: str, charge: Charge) -> Refused | None:
+        """Charge a whole run before its first round, where sampling is accounted over all rounds whether or not this client is drawn.
+
+        Admitting a run again with the same charge is free. Its releases are then reserved without a charge of their own.
+
+        Raises:
+            LocalProtocolError: there is no ledger to charge.
+        """
+        self._check_usable()
+        if self._book is None:
+            raise LocalProtocolError(f"admit {run}: this gate has no ledger")
+        digest = hashlib.sha256(f"{charge.account}\n{charge.cost}".encode()).hexdigest()
+        key = ReleaseKey(run, 0, 1, ADMISSION, digest)
+        if self._book.has(key):
+            return None
+        if (refused := self._weigh(key, charge)) is None:
+            self._enter(key, charge)
+            return None
+        return self._noted(key, charge, refused)
 
     def reserve(
         self, key: ReleaseKey, *, base: AttemptId | None = None, charge: Charge | None = None, request: bytes = b""
@@ -129,6 +155,12 @@ class SiteGate:
             commit of the first call. `Refused`: nothing is charged, nothing may leave.
         """
         self._check_usable()
+        answer = self._reserve(key, base, charge, request)
+        return self._noted(key, charge, answer) if isinstance(answer, Refused) else answer
+
+    def _reserve(
+        self, key: ReleaseKey, base: AttemptId | None, charge: Charge | None, request: bytes
+    ) -> Reserved | Finished | InProgress | Refused:
         run = self._runs[key.run]
         asked = hashlib.sha256(request).hexdigest() if request else ""
         if (refused := _mismatch(run, key, asked)) is not None:
@@ -151,15 +183,8 @@ class SiteGate:
             )
         if key.exchange == UNMASK and (key.at, TRAIN) not in run.releases:
             return Refused(Refusal.NOTHING_TO_UNMASK, f"{key}: no update of this attempt left this site")
-        if charge is not None:
-            weighing = self._charger.weigh(self.spent(charge.account), charge)
-            if not weighing.allowed:
-                return Refused(
-                    Refusal.BUDGET,
-                    f"{key}: account {charge.account!r} would reach {weighing.after} {weighing.unit}, "
-                    f"spent {weighing.spent}, budget {weighing.budget}",
-                    weighing,
-                )
+        if charge is not None and (refused := self._weigh(key, charge)) is not None:
+            return refused
         run.holds[key.at, key.exchange] = _Hold(key, asked, charge)
         return Reserved(key, self.state(key.run))
 
@@ -192,7 +217,8 @@ class SiteGate:
         ):
             if len(data) > limit:
                 del run.holds[slot]
-                return Refused(Refusal.TOO_LARGE, f"{key}: {what} of {len(data)} bytes, the site allows {limit}")
+                refused = Refused(Refusal.TOO_LARGE, f"{key}: {what} of {len(data)} bytes, the site allows {limit}")
+                return self._noted(key, hold.charge, refused)
         if state is not None and (run.base == key.at or run.has_state(key.at)):
             raise LocalProtocolError(f"commit of {key}: the client's state after {key.at} already stands")
         digest = hashlib.sha256(payload).hexdigest()
@@ -202,6 +228,8 @@ class SiteGate:
         changes = {_place("release", key): release.to_record(), _place("payload", key): payload}
         if state is not None:
             changes[_state_place(key.run, key.at)] = state
+        if hold.charge is not None and self._book is not None:
+            self._enter(key, hold.charge)
         self._write(changes)
         del run.holds[slot]
         run.releases[slot] = release
@@ -282,7 +310,10 @@ class SiteGate:
 
     def spent(self, account: str) -> tuple[Charge, ...]:
         """Every charge of the account, over all runs: committed ones, then open reservations."""
-        committed = [r.charge for run in self._runs.values() for r in run.releases.values()]
+        if self._book is not None:
+            committed: list[Charge | None] = [*self._book.charges(account)]
+        else:
+            committed = [r.charge for run in self._runs.values() for r in run.releases.values()]
         held = [hold.charge for run in self._runs.values() for hold in run.holds.values()]
         return tuple(c for c in (*committed, *held) if c is not None and c.account == account)
 
@@ -319,6 +350,32 @@ class SiteGate:
             self._write(changes)
         for release in moved:
             self._runs[release.key.run].releases[release.key.at, release.key.exchange] = release
+            if self._book is not None and release.charge is not None and release.status is Status.VOID:
+                self._book.void(release.key)
+
+    def _weigh(self, key: ReleaseKey, charge: Charge) -> Refused | None:
+        weighing = self._charger.weigh(self.spent(charge.account), charge)
+        if weighing.allowed:
+            return None
+        return Refused(
+            Refusal.BUDGET,
+            f"{key}: account {charge.account!r} would reach {weighing.after} {weighing.unit}, "
+            f"spent {weighing.spent}, budget {weighing.budget}",
+            weighing,
+        )
+
+    def _noted(self, key: ReleaseKey, charge: Charge | None, refused: Refused) -> Refused:
+        if charge is not None and self._book is not None:
+            self._book.refuse(key, charge, refused.reason.value, refused.message)
+        return refused
+
+    def _enter(self, key: ReleaseKey, charge: Charge) -> None:
+        assert self._book is not None
+        try:
+            self._book.charge(key, charge)
+        except BaseException:
+            self._failed = True
+            raise
 
     def _write(self, changes: Changes) -> None:
         try:
@@ -330,9 +387,18 @@ class SiteGate:
     def _check_usable(self) -> None:
         if self._failed:
             raise StateError(
-                "the gate's journal failed to write: what is on the disk is unknown, so nothing more may leave",
+                "the gate's journal or ledger failed to write: what is on the disk is unknown, so nothing more may leave",
                 hint="check the disk (full? read-only?) and restart the client; it goes on from what is durable",
             )
+
+
+def _reconcile(releases: Iterable[Release], book: Book) -> None:
+    """Enter what the journal knows and the book lost."""
+    for release in releases:
+        if release.charge is not None and not book.has(release.key):
+            book.charge(release.key, release.charge)
+        if release.charge is not None and release.status is Status.VOID:
+            book.void(release.key)
 
 
 def _mismatch(run: _Run, key: ReleaseKey, asked: str) -> Refused | None:

@@ -1,0 +1,259 @@
+"""The ledger on a local disk: opened by one agent at a time, read and verified by anybody."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from fedlearn.clock import Clock
+from fedlearn.errors import StateError, StudyError
+from fedlearn.lock import FolderLock
+from fedlearn.privacy.budget import Budget, StopRule, spent_epsilon
+from fedlearn.privacy.chain import Kind, Record, SignedHead, check_signature, verify
+from fedlearn.privacy.events import Cost
+from fedlearn.privacy.ledger import Ledger, split
+
+if TYPE_CHECKING:
+    from fedlearn.privacy.chain import SiteKey
+
+LEDGER_FILE: Final = "ledger.jsonl"
+MAX_LEDGER_BYTES: Final = 4 * 1024**3
+"""A larger file is no ledger."""
+
+
+class FileDisk:
+    """An append-only file on a local disk; what `sync` has returned for survives a loss of power."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        os.fchmod(self._file, 0o600)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def append(self, data: bytes) -> None:
+        """Write at the end, all of it."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._file, view) :]
+
+    def sync(self) -> None:
+        """Wait for the disk."""
+        os.fsync(self._file)
+
+    def read(self) -> bytes:
+        """All of it."""
+        return self._path.read_bytes()
+
+    def truncate(self, size: int) -> None:
+        """Cut it, durably."""
+        os.ftruncate(self._file, size)
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self._file)
+
+
+class LedgerFolder:
+    """A ledger in a folder of its own, held by one process.
+
+    Args:
+        folder: made when missing.
+        site: see `Ledger`.
+        data_set: see `Ledger`.
+        key: see `Ledger`.
+
+    Raises:
+        StateError: another process holds it, it is damaged, it belongs to somebody else, or the disk refuses.
+    """
+
+    def __init__(self, folder: Path, site: str, data_set: str, key: SiteKey, *, clock: Clock | None = None) -> None:
+        self._lock = FolderLock(folder, "a ledger's agent")
+        try:
+            self._disk = FileDisk(folder / LEDGER_FILE)
+            torn: list[bytes] = []
+            try:
+                self.ledger = Ledger(self._disk, site, data_set, key, clock=clock, set_aside=torn)
+            except BaseException:
+                self._disk.close()
+                raise
+            finally:
+                for data in torn:
+                    (folder / f"torn-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
+        except BaseException as error:
+            self._lock.release()
+            if isinstance(error, OSError):
+                raise StateError(f"ledger {folder}: {error.strerror}", hint="check the folder and the disk") from error
+            raise
+
+    def close(self) -> None:
+        """Let go of file and lock."""
+        self._disk.close()
+        self._lock.release()
+
+    def __enter__(self) -> Ledger:
+        return self.ledger
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a reader found. The ledger is sound when `problems` is empty.
+
+    Args:
+        site: whose ledger it says it is.
+        data_set: of which data.
+        records: whole ones.
+        torn_bytes: after the last whole record.
+        head: hash of the last whole record.
+        keys: public keys that signed, in order.
+        problems: in words.
+    """
+
+    site: str
+    data_set: str
+    records: int
+    torn_bytes: int
+    head: str
+    keys: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def verify_ledger(path: Path, remembered: SignedHead | None = None) -> Verification:
+    """Check every hash and signature, and that the ledger goes on from a head remembered elsewhere.
+
+    Raises:
+        StateError: the file cannot be read, or is no ledger.
+    """
+    problems: list[str] = []
+    data = _read(path)
+    try:
+        records, torn, _ = split(data)
+    except StateError as error:
+        return Verification("", "", 0, 0, "", (), (error.message,))
+    keys: list[str] = []
+    site = data_set = ""
+    for record in records:
+        if record.kind in {Kind.OPEN, Kind.KEY}:
+            keys.append(str(record.body.get("public_key", "")))
+        if record.kind is Kind.OPEN:
+            site, data_set = str(record.body.get("site", "")), str(record.body.get("data_set", ""))
+            if record.seq:
+                problems.append(f"record {record.seq}: a second beginning")
+        if not keys or not check_signature(record, keys[-1]):
+            problems.append(f"record {record.seq}: its signature is not of the site's key")
+    if torn:
+        problems.append(f"{len(torn)} bytes of a torn record at the end; the agent sets them aside when it starts")
+    if not records:
+        problems.append("it is empty")
+    if remembered is not None:
+        if not any(verify(key, remembered.message(), remembered.signature) for key in keys):
+            problems.append("the remembered head is not signed by this site")
+        elif remembered.seq >= len(records) or records[remembered.seq].sha256 != remembered.sha256:
+            problems.append(f"it does not go on from the remembered record {remembered.seq}: an old copy was put back")
+    head = records[-1].sha256 if records else ""
+    return Verification(site, data_set, len(records), len(torn), head, tuple(keys), tuple(problems))
+
+
+@dataclass(frozen=True)
+class AccountState:
+    """One account as its ledger tells it.
+
+    Args:
+        account: data set and unit.
+        charges: how many.
+        refusals: how many.
+        voids: charged releases that were given up.
+        epsilon: spent, by the budget's rule; None where the ledger names no budget, or its charges are no event trees.
+        budget: last noted; None where none was.
+        runs: charges of each run.
+    """
+
+    account: str
+    charges: int
+    refusals: int
+    voids: int
+    epsilon: float | None
+    budget: Budget | None
+    runs: Mapping[str, int]
+
+
+def account_states(records: list[Record]) -> list[AccountState]:
+    """Every account that the records name, in order of names."""
+    costs: defaultdict[str, list[str]] = defaultdict(list)
+    runs: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    refusals: Counter[str] = Counter()
+    account_of: dict[str, str] = {}
+    voids: Counter[str] = Counter()
+    budgets: dict[str, Budget] = {}
+    for record in records:
+        body = record.body
+        if record.kind is Kind.BUDGETS:
+            budgets = {str(name): _budget(fields) for name, fields in body.items()}
+        elif record.kind is Kind.CHARGE:
+            costs[body["account"]].append(body["cost"])
+            runs[body["account"]][body["key"]["run"]] += 1
+            account_of[body["key_sha256"]] = body["account"]
+        elif record.kind is Kind.REFUSAL:
+            refusals[body["account"]] += 1
+        elif record.kind is Kind.VOID:
+            voids[account_of.get(body["key_sha256"], "")] += 1
+    names = sorted({*costs, *refusals, *budgets})
+    return [
+        AccountState(
+            name,
+            len(costs[name]),
+            refusals[name],
+            voids[name],
+            _epsilon(costs[name], budgets.get(name)),
+            budgets.get(name),
+            dict(runs[name]),
+        )
+        for name in names
+    ]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Every record of a ledger file, without taking its lock; a torn last one is left out.
+
+    Raises:
+        StateError: the file cannot be read, or is damaged before its last line.
+    """
+    return split(_read(path))[0]
+
+
+def _read(path: Path) -> bytes:
+    file = path / LEDGER_FILE if path.is_dir() else path
+    try:
+        if file.stat().st_size > MAX_LEDGER_BYTES:
+            raise StateError(f"ledger {file}: larger than MAX_LEDGER_BYTES = {MAX_LEDGER_BYTES}")
+        return file.read_bytes()
+    except OSError as error:
+        raise StateError(f"ledger {file}: cannot be read: {error.strerror}", hint="name the ledger's folder") from None
+
+
+def _budget(fields: Any) -> Budget:
+    try:
+        return Budget(**{**fields, "rule": StopRule(fields["rule"])})
+    except (KeyError, TypeError, ValueError, StudyError) as error:
+        raise StateError(f"ledger: a noted budget is damaged: {error}") from None
+
+
+def _epsilon(costs: list[str], budget: Budget | None) -> float | None:
+    if budget is None:
+        return None
+    try:
+        return spent_epsilon([Cost.from_text(text) for text in costs], budget)
+    except StateError:
+        return None
