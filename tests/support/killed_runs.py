@@ -29,8 +29,13 @@ MOST_KILLS = 7
 
 
 def study_of(strategy: str) -> Study:
-    options = ["strategy.name=" + strategy, f"rounds={ROUNDS}", "cohort.size=3", "cohort.wait_for=3"]
-    return tiny_study(*options, "task.options={hidden=6, dropout=0.3}", "train.epochs=3", "evaluate.every=2")
+    """Three of four clients a round, one after another; of `batched-STRATEGY` twelve of eighteen, in blocks."""
+    way, _, name = strategy.rpartition("-")
+    options = [f"strategy.name={name}", f"rounds={ROUNDS}", "train.epochs=3", "evaluate.every=2"]
+    if way:
+        crowd = ["data.partition=iid", "data.clients=18", "data.folds=1", "cohort.size=12", "cohort.wait_for=12"]
+        return tiny_study(*options, *crowd, "task.options={hidden=6}")
+    return tiny_study(*options, "cohort.size=3", "cohort.wait_for=3", "task.options={hidden=6, dropout=0.3}")
 
 
 def result_of(folder: Path) -> dict[str, object]:
