@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlearn.aggregation.linear import BLOCK, HEADROOM, QUANTUM_BITS, IntegerSum
+from fedlearn.aggregation.linear import (
+    BLOCK,
+    FINE_QUANTUM_BITS,
+    HEADROOM,
+    QUANTUM_BITS,
+    IntegerSum,
+    quantum_bits_for,
+)
 from fedlearn.arrays import Spec
 from fedlearn.errors import UpdateError
 
@@ -186,3 +193,28 @@ def test_the_bound_covers_every_coordinate(pairs) -> None:
         exact += rounded
     assert int(total.integers()["w"][0]) == exact
     assert abs(exact) <= total._bound <= HEADROOM
+
+
+def test_a_sum_taken_in_floats_is_rounded_once():
+    specs = {"w": Spec((3,), "float32")}
+    total = IntegerSum(specs)
+    total.add_sum({"w": np.array([0.5, -1.25, 2.0**-34])}, weight=7, terms=3)
+    assert total.integers()["w"].tolist() == [2**31, -5 * 2**30, 0]
+    assert (total.weight, total.terms) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "weight"), [(np.nan, 1), (np.inf, 1), (2.0**31, 1), (1.0, -1), (1.0, 2**63), (1.0, 1.5)]
+)
+def test_a_sum_that_cannot_be_held_changes_nothing(value, weight):
+    total = IntegerSum({"w": Spec((2,), "float32")})
+    with pytest.raises(UpdateError):
+        total.add_sum({"w": np.array([0.0, value])}, weight=weight, terms=1)
+    with pytest.raises(UpdateError, match="expected float64"):
+        total.add_sum({"w": np.zeros(2, np.float32)}, weight=1, terms=1)
+    assert (total.weight, total.terms, total.integers()["w"].tolist()) == (0, 0, [0, 0])
+
+
+def test_float64_is_held_in_finer_units():
+    assert quantum_bits_for({"w": Spec((2,), "float32")}) == QUANTUM_BITS
+    assert quantum_bits_for({"w": Spec((2,), "float64")}) == FINE_QUANTUM_BITS

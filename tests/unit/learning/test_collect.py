@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from fedlearn.arrays import specs_of
 from fedlearn.errors import UpdateError
-from fedlearn.learning.collect import MAX_EXAMPLES, StackCollector, SumCollector, collector_for, update_checksum
+from fedlearn.learning.collect import (
+    MAX_EXAMPLES,
+    PartialSum,
+    StackCollector,
+    SumCollector,
+    collector_for,
+    update_checksum,
+)
 from fedlearn.learning.update import Update
 from strategies import create
 
@@ -154,3 +161,51 @@ def test_checksums_follow_values_and_not_layout():
     one = update(1)
     turned = Update({"delta": {n: np.asfortranarray(a) for n, a in reversed(one.private["delta"].items())}}, 3)
     assert update_checksum(turned) == update_checksum(one)
+
+
+def partial_of(strategy: str, *updates: tuple[str, Update]) -> PartialSum:
+    """What a block of these clients gives."""
+    collector = collector_for(create(strategy), MODEL)
+    assert isinstance(collector, SumCollector)
+    for client, one in updates:
+        collector.add(client, one)
+    return PartialSum(collector._sums, {client: one.examples for client, one in updates})
+
+
+@pytest.mark.parametrize(("strategy", "releases"), [("fedavg", ("delta",)), ("scaffold", ("control", "delta"))])
+def test_sums_of_blocks_are_the_sum(strategy, releases):
+    updates = [(name, update(i, i + 1, releases)) for i, name in enumerate("abcde")]
+    one_by_one, merged = (collector_for(create(strategy), MODEL) for _ in range(2))
+    for client, one in updates:
+        one_by_one.add(client, one)
+    merged.merge(partial_of(strategy, *updates[:3]))
+    merged.add(*updates[3])
+    merged.merge(partial_of(strategy, updates[4]))
+    got, expected = merged.aggregate(9), one_by_one.aggregate(9)
+    assert (got.clients, got.examples) == (expected.clients, expected.examples) == (5, 15)
+    for release, arrays in expected.means.items():
+        assert all(np.array_equal(got.means[release][name], array) for name, array in arrays.items())
+
+
+def test_a_block_is_merged_whole_or_not_at_all():
+    collector = collector_for(create("scaffold"), MODEL)
+    both = ("control", "delta")
+    collector.merge(partial_of("scaffold", ("a", update(1, releases=both))))
+    with pytest.raises(UpdateError, match="'a' is in this round's sum already"):
+        collector.merge(partial_of("scaffold", ("b", update(2, releases=both)), ("a", update(1, releases=both))))
+    with pytest.raises(UpdateError, match="releases"):
+        collector.merge(partial_of("fedavg", ("c", update(3))))
+    huge = Update({"delta": update(1).private["delta"], "control": {n: a + 2e9 for n, a in MODEL.items()}}, 1)
+    collector.merge(partial_of("scaffold", ("d", huge)))
+    with pytest.raises(UpdateError, match="headroom"):
+        collector.merge(partial_of("scaffold", ("e", huge)))
+    assert collector.aggregate(9).clients == 2
+    with pytest.raises(UpdateError, match="needs each client's update by itself"):
+        collector_for(create("median"), MODEL).merge(partial_of("fedavg", ("a", update(1))))
+
+
+def test_checksums_tell_partial_sums_apart():
+    one = partial_of("fedavg", ("a", update(1)), ("b", update(2)))
+    assert one.checksum() == partial_of("fedavg", ("b", update(2)), ("a", update(1))).checksum()
+    others = [("a", update(1)), ("b", update(3))], [("a", update(1)), ("c", update(2))], [("a", update(1))]
+    assert len({one.checksum(), *(partial_of("fedavg", *other).checksum() for other in others)}) == 4

@@ -492,6 +492,59 @@ class TestUnmasking:
         )
 
 
+class TestSums:
+    """Blocks of a simulation's clients arrive as one sum."""
+
+    @staticmethod
+    def send(run: Run, *clients: str, checksum: str = "sum", value: int = 9) -> object:
+        def merge(total: Total) -> None:
+            if value < 0:
+                raise UpdateError("below zero")
+            total.value += value
+
+        return run.machine.receive_sum(clients, run.machine.key, checksum, merge)
+
+    def test_all_of_its_clients_are_in(self, run: Run) -> None:
+        run.begin()
+        assert self.send(run, "a", "b") == Accepted()
+        assert run.machine.waiting == {"c"}
+        run.send("c")
+        assert run.machine.close() is RoundState.SUMMED
+        assert (run.machine.total.value, run.machine.survivors) == (12, ROSTER)
+
+    def test_a_repeat_is_not_added(self, run: Run) -> None:
+        run.begin()
+        self.send(run, "a", "b")
+        assert self.send(run, "a", "b") == Duplicate()
+        assert rejection(self.send(run, "a", "b", checksum="other")) is Rejection.CHANGED
+        assert rejection(self.send(run, "b", "c")) is Rejection.CHANGED
+        assert run.machine._sum.value == 9
+
+    def test_what_is_refused(self, run: Run) -> None:
+        key = run.begin()
+        assert rejection(self.send(run, "a", "zoe")) is Rejection.UNKNOWN_CLIENT
+        assert rejection(self.send(run)) is Rejection.UNKNOWN_CLIENT
+        wrong = replace(key, model_digest="other")
+        answer = run.machine.receive_sum(("a",), wrong, "sum", lambda total: None)
+        assert rejection(answer) is Rejection.WRONG_KEY
+        assert rejection(self.send(run, "a", "b", value=-1)) is Rejection.INVALID
+        assert run.machine.waiting == {"c"}
+        run.send("c")
+        run.machine.close()
+        assert rejection(self.send(run, "a", "b")) is Rejection.CLOSED
+
+    def test_after_a_crash_exactly_the_survivors_sums(self, run: Run) -> None:
+        run.begin()
+        self.send(run, "a", "b")
+        run.machine.close()
+        run.restart()
+        assert run.machine.state is RoundState.REFILL
+        assert rejection(self.send(run, "a", "b", checksum="other")) is Rejection.CHANGED
+        assert rejection(self.send(run, "a", "b", "c")) is Rejection.CHANGED
+        assert self.send(run, "a", "b") == Accepted()
+        assert (run.machine.state, run.machine.total.value) == (RoundState.SUMMED, 9)
+
+
 def test_every_state_but_failed_has_a_way_on() -> None:
     assert set(ROUND_TRANSITIONS) == set(RoundState)
     assert [state for state, on in ROUND_TRANSITIONS.items() if not on] == [RoundState.FAILED]
