@@ -70,18 +70,18 @@ def side_by_side(runs: SideBySide, path: Path | None, title: str) -> Any:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     along = runs.along
-    for group in runs.groups:
-        points = group.curve(runs.metric, along)
-        if not points:
-            continue
-        x, mean, spread = zip(*points, strict=True)
-        (line,) = axes.plot(x, mean, marker="." if len(points) < 30 else None, linewidth=2, label=group.label)
+    curves = [(group.label, points) for group in runs.groups if (points := group.curve(runs.metric, along))]
+    longest = max((points[-1][0] for _, points in curves), default=0.0)
+    name, unit = ("round", 1.0) if along == "round" else _unit(longest)
+    for label, points in curves:
+        x, mean, spread = zip(*((place / unit, m, s) for place, m, s in points), strict=True)
+        (line,) = axes.plot(x, mean, marker="." if len(points) < 30 else None, linewidth=2, label=label)
         if any(spread):
             low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     if axes.lines:
         axes.legend(fontsize=8, frameon=False, title=", ".join(runs.keys) or None, title_fontsize=8)
-    axes.set_xlabel("round" if along == "round" else "virtual time (s)")
+    axes.set_xlabel(name if along == "round" else f"virtual time, {name}")
     axes.set_ylabel(runs.metric.upper() if len(runs.metric) <= 3 else runs.metric)
     axes.set_title(title, loc="left")
     axes.grid(alpha=0.25)
@@ -99,8 +99,13 @@ def _axis(history: History) -> tuple[list[float], str]:
     if not seconds or None in seconds:
         return history.column("round"), "round"
     times = list(itertools.accumulate(seconds))
-    name, unit = next((name, unit) for name, unit in _UNITS if times[-1] >= unit or unit == 1.0)
+    name, unit = _unit(times[-1])
     return [time_s / unit for time_s in times], f"virtual time, {name}"
+
+
+def _unit(longest_s: float) -> tuple[str, float]:
+    """A name and its seconds, so that the longest time is a number that reads well."""
+    return next((name, unit) for name, unit in _UNITS if longest_s >= unit or unit == 1.0)
 
 
 def _line(axes: Any, along: list[float], values: list[float | None], **style: Any) -> None:

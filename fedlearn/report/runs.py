@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from fedlearn.study import Study
 
 VIRTUAL: Final = "virtual_seconds"
-"""A history's column with the time that the federation would have taken, where the study says how fast clients are."""
+"""A history's column: seconds that each round would have taken, where the study says how fast clients are."""
+TIME: Final = "virtual_time_s"
+"""When a round would have ended: the sum of those seconds so far."""
 SEED: Final = "seed"
 CELLS: Final = "cells"
 """The folder of a sweep's run folders, within its own."""
@@ -39,6 +42,11 @@ class Run:
     study: Study
     rows: Sequence[Mapping[str, Any]] = field(repr=False)
     metric: str
+
+    def __post_init__(self) -> None:
+        if self.has_virtual_time:
+            ends = itertools.accumulate(float(row[VIRTUAL]) for row in self.rows)
+            object.__setattr__(self, "rows", [{**row, TIME: end} for row, end in zip(self.rows, ends, strict=True)])
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -70,7 +78,7 @@ class Run:
 
     @property
     def has_virtual_time(self) -> bool:
-        """Whether every round says when it would have ended."""
+        """Whether every round says how long it would have taken."""
         return bool(self.rows) and all(row.get(VIRTUAL) is not None for row in self.rows)
 
 
@@ -164,7 +172,7 @@ class SideBySide:
     @property
     def along(self) -> str:
         """The x axis: virtual time where every run has it, else the round."""
-        return VIRTUAL if all(run.has_virtual_time for group in self.groups for run in group.runs) else "round"
+        return TIME if all(run.has_virtual_time for group in self.groups for run in group.runs) else "round"
 
     def table(self) -> list[dict[str, Any]]:
         """One row a group: what it differs in, how many runs, and what came out, mean and deviation over them."""
@@ -178,7 +186,7 @@ class SideBySide:
                 "best": group.best(self.metric),
                 "train_loss": group.mean("train_loss"),
                 "seconds": statistics.fmean(sum(run.values("seconds")) for run in group.runs),
-                **({VIRTUAL: group.mean(VIRTUAL)} if self.along == VIRTUAL else {}),
+                **({TIME: group.mean(TIME)} if self.along == TIME else {}),
             }
             for group in self.groups
         ]
