@@ -35,7 +35,7 @@ from fedlearn.secagg.messages import (
     Shares,
     Survivors,
 )
-from fedlearn.secagg.plan import CheckIn, Profile, Terms, graph_of, nonce_commitment, transcript_of
+from fedlearn.secagg.plan import CheckIn, Terms, graph_of, nonce_commitment, transcript_of
 from fedlearn.secagg.primitives import SECRET_BYTES, Draw, KeyPair, agreement, derive, new_key, seal, sign, unseal
 from fedlearn.secagg.ring import Vector, dtype_of, pack
 from fedlearn.secagg.shamir import SHARE_BYTES, check_share, split
@@ -273,7 +273,7 @@ class ClientRound:
             signed = self._transcript.inclusion(j, self._sharers, len(self._members))
             checks.signature(self._suite, self._identities[j], signature, signed, self._members[j].client)
         self._survivors = message.survivors
-        if self._terms.plan.profile is Profile.SEMI_MALICIOUS:
+        if not self._terms.plan.agrees(len(self._members)):
             return self._open()
         self._state = ClientState.AGREED
         return Agreement(self._sign(self._agreed()))

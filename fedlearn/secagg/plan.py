@@ -28,9 +28,9 @@ class Profile(Enum):
     """What the server may do without learning an update."""
 
     SEMI_MALICIOUS = 1
-    """Anything, but a server that tells clients different survivors may learn the sum over fewer of them (never of one alone)."""
+    """Anything; but a server that tells clients different survivors may learn sums over fewer of them, of two at the least."""
     MALICIOUS = 2
-    """Anything: one more exchange proves to every client that all open the same sum."""
+    """Anything: one more exchange proves to every client that all open the same sum. Sparse graphs always have it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,13 @@ class Plan:
             UnsupportedError: none is safe.
         """
         return parameters(clients, round(self.adversarial * PPM), round(self.dropout * PPM))
+
+    def agrees(self, clients: int) -> bool:
+        """True when the survivors are signed by a quorum before anything is opened.
+
+        Where everyone is everyone's neighbour, telling clients different survivors can single nobody out; in a sparse graph it might.
+        """
+        return self.profile is Profile.MALICIOUS or not self.parameters(clients).complete
 
     def quorum(self, clients: int) -> int:
         """Signatures that prove a set to be everybody's: two sets that differ cannot both have so many."""

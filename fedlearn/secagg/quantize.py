@@ -23,7 +23,7 @@ LENGTH_LIMIT: Final = 2**31
 CLIENTS_LIMIT: Final = 1_000_000
 NORM_FAILURE: Final = 2.0**-20
 """Rounding is drawn again when the norm exceeds a bound that it keeps with all but this probability."""
-_BLOCK: Final = 1 << 16
+_BLOCK: Final = 1 << 14
 _REDRAWS: Final = 64
 _NOISE_DEVIATIONS: Final = 6
 
@@ -168,18 +168,32 @@ class Encoding:
         return self.scale * share * min(1.0, self.clip_l2 / norm if norm else 1.0)
 
     def _rounded(self, update: npt.NDArray[Any], factor: float, key: bytes) -> tuple[Vector, float]:
-        stream, bound = key_stream(Suite.X25519_AES256, key), self.scale * self.largest
+        # In units of 2**-32 of a step, so that a random word is added as it is; powers of two round nothing.
+        stream, fine, bound = (
+            key_stream(Suite.X25519_AES256, key),
+            factor * 2.0**32,
+            self.scale * self.largest * 2.0**32,
+        )
         vector = np.empty(self.coordinates, dtype=dtype_of(self.ring_bits))
+        # One set of buffers for all blocks: fresh ones would cost more in page faults than the arithmetic does.
+        zeros, random = bytes(4 * _BLOCK), bytearray(4 * _BLOCK)
+        values, integers = np.empty(_BLOCK), np.empty(_BLOCK, dtype=np.int64)
+        chances = np.frombuffer(random, dtype="<u4")
         squares = 0.0
         for low in range(0, self.length, _BLOCK):
-            block = update[low : low + _BLOCK].astype(np.float64)
-            block *= factor
+            part = update[low : low + _BLOCK]
+            size = len(part)
+            stream.update_into(zeros, random)
+            block, whole = values[:size], integers[:size]
+            np.multiply(part, fine, out=block, dtype=np.float64)
             np.clip(block, -bound, bound, out=block)
-            chance = np.frombuffer(stream.update(bytes(4 * len(block))), dtype="<u4") * 2.0**-32
-            block += chance
+            block += chances[:size]
+            block *= 2.0**-32
             np.floor(block, out=block)
-            squares += float(block @ block)
-            vector[low : low + len(block)] = block.astype(np.int64)
+            np.copyto(whole, block, casting="unsafe")
+            vector[low : low + size] = whole
+            np.square(block, out=block)
+            squares += float(block.sum())  # not a dot product: BLAS would wake its threads for it
         return vector, math.sqrt(squares)
 
     def decode(self, total: Vector) -> Decoded:

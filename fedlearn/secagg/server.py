@@ -37,7 +37,7 @@ from fedlearn.secagg.messages import (
     Survivors,
 )
 from fedlearn.secagg.opening import Attempted, Openings
-from fedlearn.secagg.plan import CheckIn, Profile, Terms, graph_of, nonce_commitment, transcript_of
+from fedlearn.secagg.plan import CheckIn, Terms, graph_of, nonce_commitment, transcript_of
 from fedlearn.secagg.primitives import verified
 from fedlearn.secagg.quantize import Decoded
 from fedlearn.secagg.ring import dtype_of, unpack
@@ -308,7 +308,7 @@ class ServerRound:
                 commitments,
             )
         )
-        self._stage = Stage.AGREE if self._plan.profile is Profile.MALICIOUS else Stage.OPEN
+        self._stage = Stage.AGREE if self._plan.agrees(len(self._members)) else Stage.OPEN
         out: dict[str, FromServer] = {}
         for i in members_of(survivors):
             alive = [j for j in self._graph.neighbours(i) if survivors >> j & 1]
