@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from fedlearn import __version__
-from fedlearn.cli import catalogue, certs, compare, demo, model, processes, runs, simulate, sweep
+from fedlearn.cli import catalogue, certs, compare, demo, model, processes, runs, secagg, simulate, sweep
 from fedlearn.cli.framework import add, group
 
 app = group("One model from many organisations' data, without anyone showing theirs.")
 models = group("The final model: fetch it, export it, score a file with it.")
 data = group("Tasks, their data, licences and clients.")
 authority = group("Certificates of a coordinator's development authority.")
+aggregation = group("Secure aggregation: what it costs and withstands.")
 AT = "--server 127.0.0.1:9443"
 
 
@@ -136,8 +137,17 @@ add(
     "fedlearn certs issue cleveland --state coordinator",
     "fedlearn certs issue ada --role operator --state coordinator --out ada-tls",
 )
+add(
+    aggregation,
+    "plan",
+    secagg.plan,
+    "Print what a plan costs and withstands.",
+    "fedlearn secagg plan --clients 100 --adversarial 0.1 --dropout 0.1 --parameters 1.7e6",
+    "fedlearn secagg plan --clients 4 --parameters 50000 --profile malicious --json",
+)
 app.add_typer(models, name="model")
 app.add_typer(data, name="data")
 app.add_typer(authority, name="certs")
+app.add_typer(aggregation, name="secagg")
 add(app, "strategies", catalogue.strategies, "List the federated algorithms.", "fedlearn strategies")
 add(app, "exit-codes", catalogue.exit_codes, "List the exit codes.", "fedlearn exit-codes --json")
