@@ -19,6 +19,8 @@ from fedlearn.simulation.general import shares
 from fedlearn.simulation.layers import FUNCTIONS, Activation, Affine, Flatten, Kind, Linear
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fedlearn.learning.strategy import Direction, Tensors
     from fedlearn.learning.task import Task
     from fedlearn.simulation.blocks import Block, StepPlan
@@ -54,34 +56,55 @@ class DenseTrainer:
         x = x if self._flat else x.flatten(1)
         weights = torch.empty(len(block.clients), self.layout.size, dtype=self._dtype, device=self._device)
         self.layout.fill(weights, initial)
-        optimizer = StackedOptimizer(self._train, weights)
-        gradient = torch.zeros_like(weights)
+        train = self._train
+        # Plain SGD needs no gradient but for the moment in which a layer's own is known.
+        direct = direction is None and train.optimizer == "sgd" and not (train.momentum or train.weight_decay)
+        optimizer = StackedOptimizer(train, weights)
+        gradient = torch.zeros(0 if direct else len(weights), self.layout.size, dtype=self._dtype, device=self._device)
         loss_sums = torch.zeros(len(block.clients), dtype=torch.float64, device=self._device)
         for step in range(plan.rows.shape[1]):
             k = plan.active(step)
             rows = torch.from_numpy(plan.rows[:k, step]).to(self._device)
             share = shares(plan.sizes[:k, step], rows.shape[1], self._dtype, self._device)
-            now, found = weights[:k], gradient[:k]
-            losses = self._backward(x[rows], y[rows], share, self.layout.views(now), self.layout.views(found))
-            turn(direction, self.layout, gradient, weights, k)
-            optimizer.step(now, found)
+            now = self.layout.views(weights[:k])
+            found = now if direct else self.layout.views(gradient[:k])
+
+            def take(name: str, value: torch.Tensor, found: Tensors = found) -> None:
+                if direct:
+                    found[name].sub_(value, alpha=train.lr)
+                else:
+                    found[name].copy_(value)  # computed in one piece: a product into a row's slice is twice as slow
+
+            losses = self._backward(x[rows], y[rows], share, now, take)
+            if not direct:
+                turn(direction, self.layout, gradient, weights, k)
+                optimizer.step(weights[:k], gradient[:k])
             loss_sums[:k] += (losses.double() * (share > 0)).sum(1)
         return Stacked(weights, loss_sums.cpu().numpy(), np.sum(plan.sizes, axis=1))
 
     def _backward(
-        self, x: torch.Tensor, y: torch.Tensor, share: torch.Tensor, weights: Tensors, gradients: Tensors
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        share: torch.Tensor,
+        weights: Tensors,
+        take: Callable[[str, torch.Tensor], None],
     ) -> torch.Tensor:
-        """Write every client's gradient into `gradients`; returns the losses, shape (clients, batch)."""
+        """Hand every client's gradient to `take`, a parameter at a time, once its weights are no longer needed.
+
+        Returns:
+            The losses, shape (clients, batch).
+        """
         values = self._forward(x, weights)
         losses, back = self._loss(values[-1], y, share)
         for i in range(len(self._layers) - 1, -1, -1):
             layer, entered = self._layers[i], values[i]
             if isinstance(layer, Linear):
-                torch.bmm(back.transpose(1, 2), entered, out=gradients[layer.weight])
+                before = torch.bmm(back, weights[layer.weight]) if i else back
+                take(layer.weight, torch.bmm(back.transpose(1, 2), entered))
                 if layer.bias is not None:
-                    torch.sum(back, dim=1, out=gradients[layer.bias])
-                if i:
-                    back = torch.bmm(back, weights[layer.weight])
+                    take(layer.bias, back.sum(1))
+                back = before
             elif isinstance(layer, Affine):
                 back = back * layer.scale
             else:
