@@ -73,7 +73,7 @@ class EnvironmentTable(_Table):
     start_hour: Annotated[float, Field(ge=0, lt=24)] = 0.0
     """The hour of the day, UTC, at which the run begins."""
     server_s: Annotated[float, Field(ge=0)] = 0.0
-    """The coordinator's own virtual seconds a round."""
+    """The coordinator's own virtual seconds a round: its work, and the pause before the next one."""
     availability: AvailabilityTable = AvailabilityTable()
     devices: Annotated[
         dict[Annotated[str, Field(min_length=1, max_length=64)], DeviceTable], Field(max_length=100)

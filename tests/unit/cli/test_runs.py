@@ -76,6 +76,11 @@ def test_overrides_travel_with_the_study(capsys, place, tmp_path):
     assert RunFolder(folder).study().train.lr == 0.05
 
 
+def test_a_simulated_environment_is_ignored_aloud(capsys, place):
+    assert main(["run", STUDY, "--set", "environment.dropout=0.5", "--rounds", "1", "--detach", *place.arguments]) == 0
+    assert "[environment] is for simulations and is ignored" in capsys.readouterr().err
+
+
 def test_a_study_is_refused_before_anything_is_sent(capsys, place):
     known = len(place.handlers.runs_by_id)
     assert "unknown key" in ask(capsys, place, "run", STUDY, "--set", "train.epoch=1", code=3)

@@ -1,12 +1,13 @@
 """The live view, fed with events by hand."""
 
+import dataclasses
 import io
 import sys
 
 import pytest
 
 from fedlearn import events
-from fedlearn.cli.view import MOST_ROWS, RunView
+from fedlearn.cli.view import MOST_OUT, MOST_ROWS, RunView
 
 
 def start(rounds=3, done=0):
@@ -105,3 +106,29 @@ def test_a_pipe_gets_every_row_though_the_bar_is_on_a_terminal(capsys, monkeypat
             view.take(finished(number))
     assert len([line for line in capsys.readouterr().out.splitlines() if "0.2500" in line]) == 1000
     assert "0.2500" not in err.getvalue()
+
+
+def test_a_few_of_those_that_drop_out_are_named(capsys):
+    out = [events.ClientDropped("run-1", 1, f"c{i}", "no reply") for i in range(MOST_OUT + 3)]
+    _, lines = shown(capsys, start(), events.RoundStarted("run-1", 1, 1, 10), *out, finished(1), scored(1, 0.5))
+    assert [line for line in lines if "is out" in line] == [
+        f"  round 1: c{i} is out: no reply" for i in range(MOST_OUT)
+    ]
+    assert "  round 1: 3 more are out" in lines
+
+
+def test_a_simulated_world_is_in_the_row(capsys):
+    world = {
+        "virtual_seconds": 61.5,
+        "bytes_up": 5e5,
+        "bytes_down": 2e6,
+        "unavailable": 7,
+        "dropouts": 0,
+        "stragglers": 2,
+    }
+    late = events.ClientDropped("run-1", 1, "c", "too late", virtual=True)
+    done = dataclasses.replace(finished(1), environment=world)
+    view, lines = shown(capsys, start(), events.RoundStarted("run-1", 1, 1, 10), late, done, scored(1, 0.5))
+    assert not any("is out" in line for line in lines)
+    assert lines[-1].endswith("61.5 s virtual, 2.5 MB, 7 away, 2 late")
+    assert view.round_rows[0]["stragglers"] == 2

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from fedlearn.data.catalogue import EVERYBODY, NOT_SPLIT, Availability, entry_of, list_data, summarise
+from fedlearn.data.catalogue import EVERYBODY, MAX_SHARES, NOT_SPLIT, Availability, entry_of, list_data, summarise
 from fedlearn.data.picture import MAX_BARS, picture_of_split
 from fedlearn.errors import StudyError
 from fedlearn.tasks import task_names
@@ -91,6 +91,16 @@ def test_pictures(tmp_path):
     heat = figure.axes[1].get_images()[0].get_array()
     assert heat.shape == (10, MAX_BARS + 20)
     assert np.allclose(heat.sum(axis=0), 1)
+
+
+def test_of_a_million_clients_some_are_looked_at(tmp_path):
+    options = {"examples_per_client": 8, "alpha": 0.5}
+    crowd = summarise("vision/digits", partition="bootstrap", clients=1_000_000, partition_options=options)
+    assert (crowd.population, len(crowd.clients)) == (1_000_000, MAX_SHARES)
+    assert [c.client_id for c in crowd.clients[:2]] == ["client-000000", "client-000100"]
+    figure = picture_of_split(crowd, tmp_path / "crowd.png")
+    assert (tmp_path / "crowd.png").read_bytes()[:8] == PNG
+    assert "1,000,000 clients (10,000 shown)" in figure.get_suptitle()
 
 
 def test_a_summary_is_plain_data():

@@ -10,6 +10,7 @@ import math
 import pytest
 
 from fedlearn.errors import DataError
+from fedlearn.report import history as module
 from fedlearn.report.history import History
 
 ROWS = [
@@ -54,6 +55,24 @@ def test_the_final_value_is_the_last_that_there_is(history):
     assert history.final("train_loss") == 0.7
     assert math.isnan(history.final("no such metric"))
     assert math.isnan(History([], "auc").final())
+
+
+def test_of_too_many_clients_none_has_a_column(monkeypatch):
+    assert "auc@ada" in History(ROWS, "auc").columns
+    monkeypatch.setattr(module, "MAX_CLIENT_COLUMNS", 1)
+    few = History(ROWS, "auc")
+    assert few.clients == ()
+    assert few.column("auc") == [None, 0.75]
+
+
+def test_a_curve_goes_along_virtual_time_where_there_is_one():
+    seconds = [5_400.0, 7_200.0]
+    rows = [{**row, "virtual_seconds": s} for row, s in zip(ROWS, seconds, strict=True)]
+    top, bottom = History(rows, "auc").plot().axes
+    assert bottom.get_xlabel() == "virtual time, hours"
+    assert [line.get_xdata()[-1] for line in top.lines] == [3.5, 3.5]
+    assert History(ROWS, "auc").plot().axes[1].get_xlabel() == "round"
+    assert History([rows[0], ROWS[1]], "auc").plot().axes[1].get_xlabel() == "round", "a run that began without one"
 
 
 def test_json_csv_and_pandas_hold_the_same(history):

@@ -56,6 +56,13 @@ def test_the_study_that_travels_is_the_one_that_ran():
     assert run.finished.study == study
 
 
+def test_a_simulated_environment_is_ignored_and_said_to_be(caplog):
+    plain, world = tiny_study(), tiny_study("environment.dropout=0.9", "environment.deadline_s=0.001")
+    run = run_server_app(world, MemoryGrid(nodes_of(CLIENTS)))
+    assert digest(run.model) == digest(fedlearn.simulate(plain).weights)
+    assert "[environment] is for simulations and is ignored" in caplog.text
+
+
 # What a client, or somebody in its place, can send.
 
 

@@ -12,7 +12,7 @@ from fedlearn.tasks import load_task
 
 FOLDER = Path(__file__).resolve().parents[3] / "simulations"
 STUDIES = sorted(path.stem for path in FOLDER.glob("*.toml"))
-SHIPPED = {"heart", "heart_flamby", "blood_smear", "digits", "keyboard", "fraud"}
+SHIPPED = {"heart", "heart_flamby", "blood_smear", "digits", "keyboard", "fraud", "devices"}
 
 
 def test_the_studies_are_there():
@@ -44,6 +44,7 @@ def test_a_study_is_read_described_and_finds_its_clients(name):
             0.05,
         ),
         ("blood_smear", ("task.options.images=60", "evaluate.every=1"), "accuracy", 0.3),
+        ("devices", ("data.clients=200", "environment.deadline_s=20.0"), "accuracy", 0.2),
         ("keyboard", ("cohort.size=4", "evaluate.clients=4", "train.max_steps=4"), "top1", 0.1),
     ],
 )
