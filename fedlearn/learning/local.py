@@ -17,6 +17,7 @@ import torch
 from fedlearn import seeds
 from fedlearn.errors import UpdateError
 from fedlearn.learning.draws import may_draw, seeded
+from fedlearn.learning.optimizers import ClientOptimizer, make_optimizer
 from fedlearn.learning.strategy import MAIN, ClientStart, Strategy, Trained
 from fedlearn.learning.task import Batch, ClientData, Task, build_model
 from fedlearn.learning.update import Update
@@ -142,7 +143,7 @@ class LocalTrainer:
         self._device = next(model.parameters()).device
         self._draws = may_draw(task, model)
         self._direction: Direction | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: ClientOptimizer | None = None
         self._loss_sum, self._loss_count = 0.0, 0
         self.steps = 0
 
@@ -157,7 +158,7 @@ class LocalTrainer:
             for name, parameter in self._parameters.items():
                 parameter.copy_(weights[name])
         self._direction = direction
-        self._optimizer = _make_optimizer(self._train, list(self._parameters.values()))
+        self._optimizer = make_optimizer(self._train, list(self._parameters.values()))
 
     def batches(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
         """Row numbers of each batch; see `batch_rows`."""
@@ -177,9 +178,7 @@ class LocalTrainer:
         else:
             weights = {name: p.detach() for name, p in self._parameters.items()}
             direction = dict(self._direction(dict(zip(self._parameters, gradients, strict=True)), weights))
-        for name, parameter in self._parameters.items():
-            parameter.grad = direction[name]
-        self._optimizer.step()
+        self._optimizer.step([direction[name] for name in self._parameters])
         self._loss_sum += float(losses.detach().sum())
         self._loss_count += len(rows)
         self.steps += 1
@@ -187,8 +186,6 @@ class LocalTrainer:
     def final(self) -> Trained:
         """The weights after the last step."""
         weights = {name: p.detach().clone() for name, p in self._parameters.items()}
-        for parameter in self._parameters.values():
-            parameter.grad = None
         return Trained(weights, self.steps, self._train.lr)
 
     @property
@@ -295,13 +292,6 @@ def _check_fit(parameters: Mapping[str, torch.nn.Parameter], weights: Mapping[st
             f"expected {', '.join(f'{n} {have.get(n)}' for n in other)}",
             hint="the server runs another model; check that both sides name the same task, options and version",
         )
-
-
-def _make_optimizer(train: TrainTable, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
-    kind = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=train.lr, weight_decay=train.weight_decay)
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
