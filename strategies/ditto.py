@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from fedlearn.learning.strategy import MAIN, ClientFinish, ClientStart, Pass, Trained, subtract
+from fedlearn.learning.strategy import MAIN, ClientFinish, ClientStart, Pass, Pull, Trained, subtract
 from fedlearn.learning.update import DELTA
 from strategies.fedavg import FedAvg
-from strategies.fedprox import pull_towards
 from strategies.options import number
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Ditto(FedAvg):
     lam: float = number(0.1, "lambda: how strongly the personal model is tied to the global one", low=0)
 
     def client_passes(self, start: ClientStart) -> tuple[Pass, ...]:
-        return (Pass(MAIN, start.model), Pass(PERSONAL, self.client_model(start), pull_towards(start.model, self.lam)))
+        return (Pass(MAIN, start.model), Pass(PERSONAL, self.client_model(start), Pull(start.model, self.lam)))
 
     def client_finish(self, start: ClientStart, trained: Mapping[str, Trained]) -> ClientFinish:
         return ClientFinish({DELTA: subtract(trained[MAIN].weights, start.model)}, trained[PERSONAL].weights)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from fedlearn.learning.strategy import MAIN, ClientStart, Pass
+from fedlearn.learning.strategy import MAIN, ClientStart, Pass, Pull
 from strategies.fedavg import FedAvg
 from strategies.options import number
-
-if TYPE_CHECKING:
-    from fedlearn.learning.strategy import Direction, Tensors
 
 
 @dataclass(frozen=True)
@@ -31,13 +28,4 @@ class FedProx(FedAvg):
     mu: float = number(0.01, "strength of the pull towards the global weights", low=0)
 
     def client_passes(self, start: ClientStart) -> tuple[Pass, ...]:
-        return (Pass(MAIN, start.model, pull_towards(start.model, self.mu)),)
-
-
-def pull_towards(anchor: Tensors, strength: float) -> Direction:
-    """The gradient of loss + strength / 2 * ||w - anchor||^2, from the gradient of the loss."""
-
-    def direction(gradient: Tensors, weights: Tensors) -> Tensors:
-        return {name: g + strength * (weights[name] - anchor[name]) for name, g in gradient.items()}
-
-    return direction
+        return (Pass(MAIN, start.model, Pull(start.model, self.mu)),)

@@ -60,6 +60,25 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Pull:
+    """A direction in a known form: gradient + strength (weights - anchor).
+
+    It is called like any other; a trainer that knows the form can do better than calling it.
+
+    Args:
+        anchor: the weights that training is pulled towards, by name.
+        strength: how strongly; 0 for plain training.
+    """
+
+    anchor: Tensors
+    strength: float
+
+    def __call__(self, gradient: Tensors, weights: Tensors) -> Tensors:
+        """The gradient of loss + strength / 2 ||weights - anchor||^2, from the gradient of the loss."""
+        return {name: g + self.strength * (weights[name] - self.anchor[name]) for name, g in gradient.items()}
+
+
+@dataclass(frozen=True)
 class Trained:
     """A finished pass.
 

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 
 from fedlearn.learning.local import Place, epoch_orders
+from fedlearn.learning.strategy import Pull
 
 if TYPE_CHECKING:
-    from fedlearn.learning.strategy import Direction, Tensors
+    from fedlearn.learning.strategy import Direction, Pass, Tensors
     from fedlearn.learning.task import Batch
     from fedlearn.study import TrainTable
 
@@ -181,11 +182,19 @@ class SummedPass:
 class SummingTrainer(BlockTrainer, Protocol):
     """A trainer that is faster where nobody needs the clients' own updates."""
 
-    def run_sum(self, initial: Tensors, block: Block, plan: StepPlan, shares: npt.NDArray[np.float64]) -> SummedPass:
-        """One pass of every client of a block along the plain gradient, summed; each client's update is not kept.
+    def run_sum(
+        self,
+        initial: Tensors,
+        direction: Pull | None,
+        block: Block,
+        plan: StepPlan,
+        shares: npt.NDArray[np.float64],
+    ) -> SummedPass:
+        """One pass of every client of a block, summed; each client's update is not kept.
 
         Args:
             initial: weights before the first step, by name, without a client dimension.
+            direction: None for the plain gradient, or a pull towards the initial weights.
             block: who, with their rows.
             plan: which rows at which step.
             shares: each client's factor in the sum, shape (clients,).
@@ -241,6 +250,11 @@ def turn(
     if direction is not None:
         turned = direction(layout.views(gradient), layout.views(weights))
         layout.fill(gradient[:active], {name: tensor[:active] for name, tensor in turned.items()})
+
+
+def is_common(one: Pass) -> bool:
+    """Whether a pass is the same for all clients: along the plain gradient, or pulled towards where it starts."""
+    return one.direction is None or (isinstance(one.direction, Pull) and one.direction.anchor is one.initial)
 
 
 def steps_of(train: TrainTable, count: int) -> int:

@@ -7,7 +7,6 @@ parameters beyond one row a client. Under plain SGD the matrices of wide linear 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from fedlearn.errors import UnsupportedError
 from fedlearn.learning.local import trainable
-from fedlearn.simulation.blocks import Layout, Stacked, StackedOptimizer, turn
+from fedlearn.learning.strategy import Pass, Pull
+from fedlearn.simulation.blocks import Layout, Stacked, StackedOptimizer, SummedPass, is_common, turn
 from fedlearn.simulation.factored import FactoredCohort, Sum, wide_layers
 from fedlearn.simulation.gradients import Rows, backward_all, forward_all, loss_gradient, pool_first
 
@@ -27,21 +27,6 @@ if TYPE_CHECKING:
     from fedlearn.simulation.blocks import Block, StepPlan
     from fedlearn.simulation.chain import Chain
     from fedlearn.study import TrainTable
-
-
-@dataclass(frozen=True)
-class SummedPass:
-    """What a pass of a block gives where only the sum over its clients is asked for.
-
-    Args:
-        total: sum over clients of share times (weights after the last step - initial weights), flat, shape (parameters,).
-        loss_sums: as in `Stacked`.
-        loss_counts: as in `Stacked`.
-    """
-
-    total: Tensor
-    loss_sums: npt.NDArray[np.float64]
-    loss_counts: npt.NDArray[np.int64]
 
 
 class ConvTrainer:
@@ -73,44 +58,47 @@ class ConvTrainer:
     def run(self, initial: Tensors, direction: Direction | None, block: Block, plan: StepPlan) -> Stacked:
         rows = Rows.of(block, self._dtype)
         weights = torch.empty(len(block.clients), self.layout.size, dtype=self._dtype)
-        common = all(initial[name].shape == shape for name, shape in self.layout.shapes.items())
-        if direction is None and common and (wide := self._wide(plan)):
-            cohort = FactoredCohort(self._task, self._layers, self._train, initial, wide, plan)
+        same_start = all(initial[name].shape == shape for name, shape in self.layout.shapes.items())
+        alike = same_start and is_common(Pass("", initial, direction))
+        if alike and (wide := self._wide(plan)):
+            pull = direction.strength if isinstance(direction, Pull) else 0.0
+            cohort = FactoredCohort(self._task, self._layers, self._train, initial, wide, plan, pull)
             loss_sums = cohort.run(rows)
             cohort.write(self.layout.views(weights))
             return Stacked(weights, loss_sums, plan.sizes.sum(1))
         self.layout.fill(weights, initial)
-        # A client rule sees every row at once. Without one, a client's weights stay in the cache from step to step.
-        together = len(weights) if direction is not None else 1
-        gradient = torch.zeros_like(weights[:together])
+        # A client's own rule sees every row at once. Else a client's weights stay in the cache from step to step.
+        width = 1 if alike or direction is None else len(weights)
+        gradient = torch.zeros_like(weights[:width])
         loss_sums = np.zeros(len(weights))
-        for first in range(0, len(weights), together):
-            one = slice(first, first + together)
+        for first in range(0, len(weights), width):
+            one = slice(first, first + width)
             loss_sums[one] = self._train_rows(weights[one], gradient, one, direction, rows, plan)
         return Stacked(weights, loss_sums, plan.sizes.sum(1))
 
     @torch.no_grad()
-    def run_sum(self, initial: Tensors, block: Block, plan: StepPlan, shares: npt.NDArray[np.float64]) -> SummedPass:
-        """One pass of every client of a block along the plain gradient, summed; each client's update is not kept.
-
-        Args:
-            initial: weights before the first step, by name, without a client dimension.
-            block: who, with their rows.
-            plan: which rows at which step.
-            shares: each client's factor in the sum, shape (clients,).
-        """
+    def run_sum(
+        self,
+        initial: Tensors,
+        direction: Pull | None,
+        block: Block,
+        plan: StepPlan,
+        shares: npt.NDArray[np.float64],
+    ) -> SummedPass:
         rows = Rows.of(block, self._dtype)
         total = torch.zeros(self.layout.size, dtype=self._dtype)
         if wide := self._wide(plan):
-            summed = Sum(shares, self.layout.views(total))
-            loss_sums = FactoredCohort(self._task, self._layers, self._train, initial, wide, plan, summed).run(rows)
+            pull = direction.strength if direction is not None else 0.0
+            into = Sum(shares, self.layout.views(total))
+            cohort = FactoredCohort(self._task, self._layers, self._train, initial, wide, plan, pull, into)
+            loss_sums = cohort.run(rows)
             return SummedPass(total, loss_sums, plan.sizes.sum(1))
         loss_sums = np.zeros(len(shares))
         start, row, gradient = (torch.empty(1, len(total), dtype=self._dtype) for _ in range(3))
         self.layout.fill(start, initial)
         for i, share in enumerate(shares):
             one = slice(i, i + 1)
-            loss_sums[one] = self._train_rows(row.copy_(start), gradient, one, None, rows, plan)
+            loss_sums[one] = self._train_rows(row.copy_(start), gradient, one, direction, rows, plan)
             total.add_(row.sub_(start)[0], alpha=float(share))
         return SummedPass(total, loss_sums, plan.sizes.sum(1))
 

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 Coefficients = npt.NDArray[np.float64]
 
 
-def sgd_course(train: TrainTable, steps: int) -> Coefficients:
+def sgd_course(train: TrainTable, steps: int, pull: float = 0.0) -> Coefficients:
     """Weights after each step of SGD as combinations of the first weights and the gradients so far.
 
-    torch's rule, v <- momentum v + (g + decay w), w <- w - lr v, followed on coefficients.
+    torch's rule, v <- momentum v + (g + pull (w - w_0) + decay w), w <- w - lr v, followed on coefficients.
 
     Returns:
         Shape (steps + 1, 1 + steps): row t holds p_t and then q_{t,s} for each step s, 0 for s >= t.
@@ -46,7 +46,7 @@ def sgd_course(train: TrainTable, steps: int) -> Coefficients:
     course[0, 0] = 1.0
     velocity = np.zeros(1 + steps)
     for step in range(steps):
-        velocity = train.momentum * velocity + train.weight_decay * course[step]
+        velocity = train.momentum * velocity + train.weight_decay * course[step] + pull * (course[step] - course[0])
         velocity[1 + step] += 1.0
         course[step + 1] = course[step] - train.lr * velocity
     return course
@@ -178,6 +178,7 @@ class FactoredCohort:
         initial: the common weights by name.
         wide: names of the matrices to factor.
         plan: which rows at which step.
+        pull: strength of the pull towards the common weights.
         into: the sum that is asked for; None when it is every client's weights.
     """
 
@@ -189,18 +190,19 @@ class FactoredCohort:
         initial: Tensors,
         wide: frozenset[str],
         plan: StepPlan,
+        pull: float = 0.0,
         into: Sum | None = None,
     ) -> None:
-        self._task, self._plan, self._into = task, plan, into
-        course = sgd_course(train, int(plan.steps.max()))
+        self._task, self._plan, self._pull, self._into = task, plan, pull, into
+        course = sgd_course(train, int(plan.steps.max()), pull)
         parts = {name: None if into is None else (into.shares, into.total[name]) for name in wide}
         self._wide = {name: FactoredLinear(initial[name], course, plan.sizes, parts[name]) for name in wide}
         self._segments = _segments(layers, wide)
-        self._start = {name: tensor for name, tensor in initial.items() if name not in wide}
-        self._layout = Layout.of(self._start)
-        first = next(iter(initial.values()))
-        self._own = torch.empty(len(plan.steps), self._layout.size, dtype=first.dtype)
-        self._layout.fill(self._own, self._start)
+        start = {name: tensor for name, tensor in initial.items() if name not in wide}
+        self._layout = Layout.of(start)
+        self._first = torch.empty(self._layout.size, dtype=next(iter(initial.values())).dtype)
+        self._layout.fill(self._first, start)
+        self._own = self._first.repeat(len(plan.steps), 1)
         self._gradient = torch.zeros_like(self._own)
         self._views = [
             (self._layout.views(w), self._layout.views(g)) for w, g in zip(self._own, self._gradient, strict=True)
@@ -215,12 +217,16 @@ class FactoredCohort:
             counts = self._plan.sizes[:active, step].tolist()
             batches = [rows.take(self._plan.rows[i, step, :n]) for i, n in enumerate(counts)]
             losses = self._backward([x for x, _ in batches], torch.cat([y for _, y in batches]), step, counts)
-            self._optimizer.step(self._own[:active], self._gradient[:active])
+            own, gradient = self._own[:active], self._gradient[:active]
+            if self._pull:
+                gradient.add_(own - self._first, alpha=self._pull)
+            self._optimizer.step(own, gradient)
             loss_sums[:active] += torch.stack([part.sum() for part in torch.split(losses.double(), counts)])
         if self._into is not None:
             shares = torch.from_numpy(self._into.shares).to(self._own.dtype)
+            start = self._layout.views(self._first)
             for name, own in self._layout.views(self._own).items():
-                self._into.total[name].add_(torch.tensordot(shares, own - self._start[name], dims=1))
+                self._into.total[name].add_(torch.tensordot(shares, own - start[name], dims=1))
         return loss_sums.numpy()
 
     def write(self, weights: Tensors) -> None:
@@ -246,7 +252,7 @@ class FactoredCohort:
         losses, back = loss_gradient(self._task, torch.cat(xs), y, share)
         for at in range(len(self._segments) - 1, -1, -1):
             wants_input = any(_trained(segment) for segment in self._segments[:at])
-            found = self._pull(self._segments[at], back, tape[at], step, counts, wants_input=wants_input)
+            found = self._back(self._segments[at], back, tape[at], step, counts, wants_input=wants_input)
             if found is None:
                 break
             back = found
@@ -262,7 +268,7 @@ class FactoredCohort:
                 out.add_(self._views[i][0][layer.bias])
         return outputs, joint
 
-    def _pull(
+    def _back(
         self,
         segment: _Segment,
         back: Tensor,

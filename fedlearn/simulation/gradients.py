@@ -253,6 +253,8 @@ def _without_parameters(layer: Layer, g: Tensor, saved: Saved) -> Tensor:
             result = _activation(layer.kind, g, saved[0])
         case Flatten():
             result = g.view(saved[0])
+            if result.ndim == 4:  # as the layers before it have it
+                result = result.contiguous(memory_format=torch.channels_last)
         case Affine():
             result = g * layer.scale
         case _:

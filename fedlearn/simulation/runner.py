@@ -17,16 +17,16 @@ from fedlearn.learning import local
 from fedlearn.learning.backend import Failed, Fitted, Scored, Summed
 from fedlearn.learning.collect import PartialSum
 from fedlearn.learning.postprocess import ClipL2, apply_on_client, chain_of
-from fedlearn.learning.strategy import MAIN, ClientStart, Strategy, Trained
+from fedlearn.learning.strategy import MAIN, ClientStart, Pull, Strategy, Trained
 from fedlearn.learning.task import Batch
 from fedlearn.learning.update import DELTA, Update, Weighting
-from fedlearn.simulation.blocks import Block, StepPlan, SummingTrainer, by_steps
+from fedlearn.simulation.blocks import Block, StepPlan, SummingTrainer, by_steps, is_common
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.learning.backend import Work
     from fedlearn.learning.memory import Memories
-    from fedlearn.learning.strategy import Tensors
+    from fedlearn.learning.strategy import Pass, Tensors
     from fedlearn.learning.task import Population
     from fedlearn.simulation.blocks import BlockTrainer, Layout, Stacked, SummedPass
     from fedlearn.simulation.plan import TrainingPlan, Way
@@ -129,15 +129,16 @@ class BlockRunner:
         block = Block(self._study.seed, work.round, tuple(m.client for m in members), tuple(m.data for m in members))
         model, shared = self._tensors(work.model, work.shared)
         start = ClientStart(model, shared, self._stacked(members))
-        if self._sums_only and isinstance(trainer, SummingTrainer):
+        passes = self._strategy.client_passes(start)
+        if self._sums_only and isinstance(trainer, SummingTrainer) and _are_alike(passes, start):
             try:
-                return [self._train_sum(trainer, block, members, start)]
+                return [self._train_sum(trainer, block, members, passes[0])]
             except UpdateError:  # somebody's update is not finite or too large: taken apart, it is refused by name
                 pass
         trained: dict[str, Trained] = {}
         facts: list[dict[str, float]] = []
         main: Stacked | None = None
-        for one in self._strategy.client_passes(start):
+        for one in passes:
             plan = StepPlan.of(self._study.train, block, one.name)
             done = trainer.run(one.initial, one.direction, block, plan)
             weights = trainer.layout.views(done.weights)
@@ -161,12 +162,13 @@ class BlockRunner:
         }
         return self._release(trainer.layout, members, releases, facts)
 
-    def _train_sum(self, trainer: SummingTrainer, block: Block, members: list[_Member], start: ClientStart) -> Summed:
-        """Plain FedAvg's client rule: nobody needs any client's own update."""
-        plan = StepPlan.of(self._study.train, block, MAIN)
+    def _train_sum(self, trainer: SummingTrainer, block: Block, members: list[_Member], one: Pass) -> Summed:
+        """FedAvg's client rule, or FedProx's: nobody needs any client's own update."""
+        assert one.direction is None or isinstance(one.direction, Pull)
+        plan = StepPlan.of(self._study.train, block, one.name)
         (release,) = self._strategy.releases
         weights = block.counts if release.weighting is Weighting.EXAMPLES else np.ones(len(members))
-        done = trainer.run_sum(start.model, block, plan, weights.astype(np.float64))
+        done = trainer.run_sum(one.initial, one.direction, block, plan, weights.astype(np.float64))
         return self._as_reply(trainer.layout, members, {release.name: done.total.double()}, _facts(done, plan))
 
     def _tensors(self, *parts: Arrays) -> Iterator[Tensors]:
@@ -257,11 +259,20 @@ class BlockRunner:
             return Failed(member.client, error.message)
 
 
+def _are_alike(passes: Sequence[Pass], start: ClientStart) -> bool:
+    """Whether there is one pass, from the global weights and by the same rule for all clients."""
+    return len(passes) == 1 and passes[0].initial is start.model and is_common(passes[0])
+
+
 def asks_for_sums_only(strategy: Strategy, study: Study) -> bool:
     """True when nobody needs any client's own update: plain local training, nothing done to an update, a linear aggregate."""
-    kind = type(strategy)
-    plain = kind.client_passes is Strategy.client_passes and kind.client_finish is Strategy.client_finish
-    return plain and strategy.linear and not chain_of(study)
+    if type(strategy).client_finish is not Strategy.client_finish or not strategy.linear or chain_of(study):
+        return False
+    nothing = ClientStart({})
+    try:
+        return _are_alike(strategy.client_passes(nothing), nothing)
+    except Exception:  # a rule that cannot do without weights is not one that all clients share
+        return False
 
 
 @dataclass(frozen=True)

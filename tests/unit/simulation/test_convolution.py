@@ -15,7 +15,7 @@ from torch import nn
 from fedlearn.errors import UnsupportedError
 from fedlearn.learning import local
 from fedlearn.learning.local import Place, trainable
-from fedlearn.learning.strategy import MAIN, ClientStart
+from fedlearn.learning.strategy import MAIN, ClientStart, Pull
 from fedlearn.learning.task import Batch, ClientData, Task, build_model
 from fedlearn.learning.update import DELTA
 from fedlearn.models.cnn import ImageNet
@@ -212,8 +212,9 @@ def test_single_precision_is_within_its_rounding(kind):
 
 @pytest.mark.parametrize("strategy", ["fedprox", "scaffold", "ditto"])
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_client_rules_turn_the_gradient(strategy, precision):
-    case = Case(Images("group norm"), train_table(precision=precision), clients_of((11, 8, 3)))
+@pytest.mark.parametrize("kind", ["group norm", "relu"])
+def test_client_rules_turn_the_gradient(strategy, kind, precision):
+    case = Case(Images(kind), train_table(precision=precision), clients_of((11, 8, 3)))
     assert_equal_to_the_oracle(case, strategy)
 
 
@@ -232,9 +233,9 @@ def test_ragged_clients_equal_the_oracle(counts, kind, optimizer, batch_size, ep
     assert_equal_to_the_oracle(Case(Images(kind), train, clients_of(counts)), strategy)
 
 
-def summed_by_rows(case, shares):
+def summed_by_rows(case, start, direction, shares):
     trainer, block = case.trainer(), case.block()
-    done = trainer.run(case.start, None, block, StepPlan.of(case.train, block, MAIN))
+    done = trainer.run(start, direction, block, StepPlan.of(case.train, block, MAIN))
     start = torch.empty(trainer.layout.size, dtype=case.dtype)
     trainer.layout.fill(start, case.start)
     return torch.from_numpy(shares).to(case.dtype) @ (done.weights - start), done
@@ -245,14 +246,18 @@ def summed_by_rows(case, shares):
     kind=st.sampled_from(sorted(MODELS)),
     optimizer=st.sampled_from(OPTIMIZERS),
     epochs=st.integers(1, 2),
+    strength=st.sampled_from([None, 0.0, 0.5]),
 )
 @settings(max_examples=25, deadline=None)
-def test_a_sum_is_the_sum_of_the_clients(counts, kind, optimizer, epochs):
+def test_a_sum_is_the_sum_of_the_clients(counts, kind, optimizer, epochs, strength):
     case = Case(Images(kind), train_table(precision="float64", epochs=epochs, **optimizer), clients_of(counts))
     shares = np.linspace(0.5, 2.0, len(counts))
-    expected, rows = summed_by_rows(case, shares)
+    start = case.start
+    direction = None if strength is None else Pull(start, strength)
+    called = direction and direction.__call__  # no longer known for a pull
+    expected, rows = summed_by_rows(case, start, called, shares)
     block, trainer = case.block(), case.trainer()
-    done = trainer.run_sum(case.start, block, StepPlan.of(case.train, block, MAIN), shares)
+    done = trainer.run_sum(start, direction, block, StepPlan.of(case.train, block, MAIN), shares)
     for name, part in trainer.layout.slices.items():
         assert distance(done.total[part].numpy(), expected[part].numpy()) <= 1e-10, name
     np.testing.assert_allclose(done.loss_sums, rows.loss_sums, rtol=1e-10)
@@ -284,7 +289,7 @@ def test_the_same_bytes_every_time():
     block, trainer = case.block(), case.trainer()
     plan = StepPlan.of(case.train, block, MAIN)
     shares = np.ones(3)
-    first, second = (trainer.run_sum(case.start, block, plan, shares).total for _ in range(2))
+    first, second = (trainer.run_sum(case.start, None, block, plan, shares).total for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(*(trainer.run(case.start, None, block, plan).weights for _ in range(2)))
 
