@@ -1,0 +1,109 @@
+"""Chance that a privacy proof assumes secret: noise, and coins that decide who takes part.
+
+Both modes run one code: an AES-256-CTR key stream, turned into coins and normal numbers. *Private*: the key comes from the operating
+system and exists nowhere else. *Seeded*: the key follows from the study's seed, so that a rehearsal reproduces; whoever knows the seed can take
+the noise off again, so nothing that is drawn is private.
+
+Noise is drawn in floating point. Proofs are for real numbers; the gap (Mironov 2012, "On significance of the least significant bits") is
+named in every claim (`plan.REAL_NUMBERS`). Radii have 53 random bits, so the tail is cut at 8.57 standard deviations, with a mass of 1e-17 a draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlearn import seeds
+
+_BLOCK: Final = 1 << 14  # words a turn: all of its arrays stay in a core's cache
+_ZEROS: Final = bytes(8 * _BLOCK)
+_DOMAIN: Final = b"fedlearn/chance/v1"
+
+
+class Chance:
+    """A stream of random numbers. Not thread-safe: one for each user.
+
+    Use `secret_chance` or `seeded_chance`.
+
+    Args:
+        key: 32 bytes, used for one stream only.
+        private: whether the key is known to nobody.
+    """
+
+    def __init__(self, key: bytes, *, private: bool) -> None:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+        self.private = private
+        # A key is used for one stream, so the counter may start at zero.
+        self._stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+
+    def __repr__(self) -> str:
+        return f"Chance(private={self.private})"
+
+    def _words(self, count: int) -> npt.NDArray[np.uint64]:
+        """Up to `_BLOCK` words of 64 bits."""
+        out = np.empty(count, dtype="<u8")
+        self._stream.update_into(_ZEROS[: 8 * count], out.view(np.uint8))  # type: ignore[arg-type]  # a buffer
+        return out
+
+    def uniform(self, count: int) -> npt.NDArray[np.float64]:
+        """Numbers from 0 up to, not including, 1, in multiples of 2^-53; shape (count,)."""
+        out = np.empty(count)
+        for first in range(0, count, _BLOCK):
+            part = out[first : first + _BLOCK]
+            np.multiply(self._words(len(part)) >> np.uint64(11), 2.0**-53, out=part)
+        return out
+
+    def coins(self, count: int, rate: float) -> npt.NDArray[np.bool_]:
+        """Independent coins that are True with probability `rate`, to 2^-53; shape (count,)."""
+        heads: npt.NDArray[np.bool_] = self.uniform(count) < rate
+        return heads
+
+    def add_normal(self, to: npt.NDArray[Any], std: float) -> None:
+        """Add independent normal numbers of mean 0 to an array in place.
+
+        Args:
+            to: float32 or float64, contiguous, any shape. Angles are drawn in its precision, radii in double.
+            std: of the numbers.
+        """
+        flat = to.reshape(-1)
+        if not (np.shares_memory(flat, to) or to.size == 0) or flat.dtype not in {np.dtype("f4"), np.dtype("f8")}:
+            raise ValueError(f"noise: got an array of {to.dtype}, expected a contiguous one of float32 or float64")
+        scratch = np.empty((2, _BLOCK), dtype=flat.dtype)
+        for first in range(0, len(flat), 2 * _BLOCK):
+            part = flat[first : first + 2 * _BLOCK]
+            half = (len(part) + 1) // 2
+            radius = 1.0 - self.uniform(half)  # above 0, at most 1
+            np.log(radius, out=radius)
+            radius *= -2.0 * std * std
+            np.sqrt(radius, out=radius)
+            angle = (self._words(half) >> np.uint64(11)).astype(flat.dtype)
+            angle *= flat.dtype.type(2 * math.pi * 2.0**-53)
+            pairs = scratch[:, :half]  # Box and Muller 1958: a radius and an angle give two numbers
+            np.cos(angle, out=pairs[0])
+            np.sin(angle, out=pairs[1])
+            pairs *= radius.astype(flat.dtype)
+            part[:half] += pairs[0]
+            part[half:] += pairs[1, : len(part) - half]
+
+    def normal(self, count: int, std: float = 1.0) -> npt.NDArray[np.float64]:
+        """Independent normal numbers of mean 0, float64, shape (count,)."""
+        out = np.zeros(count)
+        self.add_normal(out, std)
+        return out
+
+
+def secret_chance() -> Chance:
+    """Chance that nobody can repeat, keyed by the operating system."""
+    return Chance(os.urandom(32), private=True)
+
+
+def seeded_chance(run_seed: int, *path: str | int) -> Chance:
+    """Chance that a study's seed determines: for rehearsals, never private. See `fedlearn.seeds.derive` for the path."""
+    seed = seeds.derive(run_seed, *path)
+    return Chance(hashlib.sha256(_DOMAIN + seed.to_bytes(8, "big")).digest(), private=False)
