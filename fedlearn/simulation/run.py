@@ -24,7 +24,7 @@ from fedlearn.simulation.failures import ReportingBackend
 from fedlearn.simulation.prepare import Ready, Request
 from fedlearn.simulation.profile import MeasuredBackend, MeasuredEvents, MeasuredJournal, Profile
 from fedlearn.simulation.states import ClientStates
-from fedlearn.simulation.workspace import Setting, Workspace, made_with
+from fedlearn.simulation.workspace import Setting, Workspace, made_with, mark_of
 from fedlearn.study import Study
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def simulate(
             result = run_ready(ready, manner)
         else:
             folder = RunFolder(Path(place))
-            work = stack.enter_context(Workspace(folder.path, ready.study, ready.setting, fresh=resume is None))
+            mark = mark_of(ready.population)
+            work = stack.enter_context(Workspace(folder.path, ready.study, ready.setting, mark, fresh=resume is None))
             result = run_ready(ready, manner, work.journal, folder.path)
             result.save(folder.path)
         if meter is not None and counted is not None:
