@@ -115,6 +115,7 @@ def compare(study: Study, federated: bytes | None = None) -> Comparison:
     from fedlearn.learning.task import build_model
     from fedlearn.simulation.run import simulate_population
 
+    study = study.model_copy(update={"environment": None})  # no way is helped or hindered
     task = load_task(study.task.name, study.task.options)
     population = build_population(study, task)
     quiet = study.with_overrides(["evaluate.every=0"])

@@ -108,7 +108,8 @@ class Environment:
 
     def __init__(self, table: EnvironmentTable, seed: int, ids: SortedIds) -> None:
         self._table, self._seed, self._ids = table, seed, ids
-        self._classes = tuple(table.devices.values()) or (DeviceTable(),)
+        # By name: a study that comes back from its canonical JSON has its tables in another order.
+        self._classes = tuple(device for _, device in sorted(table.devices.items())) or (DeviceTable(),)
         there = table.availability
         self._trace: Trace | None = read_trace(there.trace) if there.kind == "trace" else None
 

@@ -172,6 +172,16 @@ def test_classes_have_their_shares_and_spreads_are_lognormal():
     assert np.array_equal(times, again), "a client keeps its device"
 
 
+def test_the_order_of_the_tables_does_not_matter():
+    devices = {"slow": DeviceTable(examples_per_s=1), "fast": DeviceTable(examples_per_s=100)}
+    some = loads(500, examples=100)
+    one, other = (
+        world(devices=dict(order)).course(np.arange(500), FIRST, some)
+        for order in (devices.items(), reversed(devices.items()))
+    )
+    assert np.array_equal(one.upload_s, other.upload_s)
+
+
 def test_both_ways_share_one_networks_factor_and_jitter_is_anew_each_round():
     one = world(devices={"d": DeviceTable(network_spread=1.0, latency_s=0, download_mbit_s=8, upload_mbit_s=8)})
     course = one.course(EVERYBODY, FIRST, loads(20_000, 10**6, 0, 10**6))

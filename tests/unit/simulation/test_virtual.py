@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fedlearn
 from fedlearn import events
 from fedlearn.app import load_app
 from fedlearn.arrays import digest
@@ -155,6 +156,15 @@ def test_a_crash_at_any_write_changes_nothing(strategy):
         again, later = world(study, journal)
         later._memories = inner._memories
         assert comparable(again.run()) == expected
+
+
+def test_a_run_folder_is_resumed_on_its_own_clock(tmp_path):
+    study = tiny_study(*HARD, "rounds=4", "evaluate.every=0")
+    whole = fedlearn.simulate(study)
+    fedlearn.simulate(study, rounds=2, out=tmp_path / "run")
+    rest = fedlearn.simulate(resume=tmp_path / "run", rounds=4)
+    assert digest(rest.weights) == digest(whole.weights)
+    assert [rest.history.column(name) for name in COLUMNS] == [whole.history.column(name) for name in COLUMNS]
 
 
 def test_a_void_attempt_costs_time_and_is_tried_with_other_luck():
