@@ -32,11 +32,11 @@ MAX_OPTION_DEPTH = 32
 
 
 def _json_only(value: Any, depth: int = 0) -> Any:
-    """Refuse what JSON cannot hold, since a study must come back from its JSON as it was."""
+    """Refuse what JSON cannot hold, and put tables in the order of their keys: a study must come back from its JSON as it was."""
     if depth > MAX_OPTION_DEPTH:
         raise ValueError(f"nested more than {MAX_OPTION_DEPTH} deep")
     if isinstance(value, dict):
-        return {key: _json_only(item, depth + 1) for key, item in value.items()}
+        return {key: _json_only(item, depth + 1) for key, item in sorted(value.items(), key=lambda kv: str(kv[0]))}
     if isinstance(value, list):
         return [_json_only(item, depth + 1) for item in value]
     if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):

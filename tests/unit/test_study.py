@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from fedlearn.errors import FedlearnError, StudyError
 from fedlearn.study import MAX_OPTION_DEPTH, MAX_STUDY_BYTES, load_study, parse_study, study_from_json
+from fedlearn.tasks import load_task
 
 STUDIES = sorted((Path(__file__).parents[2] / "simulations").glob("*.toml"))
 LEAST = 'name = "s"\nrounds = 3\n[task]\nname = "t"\n'
@@ -269,3 +270,12 @@ def test_any_text_is_a_study_or_refused(text):
             read(text)
         except FedlearnError:
             continue
+
+
+def test_options_have_one_order_whatever_the_files():
+    """A task may read a table in order (the columns of a model's input); a site and a run folder have the study from its JSON."""
+    options = 'label = "y"\nclasses = ["0", "1"]\ncategorical = { z = ["1"], a = ["1"] }'
+    study = parse_study(f'name = "x"\nrounds = 1\n[task]\nname = "tabular/csv"\n[task.options]\n{options}\n')
+    back = study_from_json(study.to_json())
+    names = [load_task(one.task.name, one.task.options).feature_names for one in (study, back)]
+    assert names[0] == names[1] == ("a=1", "a=missing", "z=1", "z=missing")
