@@ -16,6 +16,7 @@ from fedlearn.learning.local import trainable
 from fedlearn.simulation.blocks import Layout, Stacked, StackedOptimizer, turn
 from fedlearn.simulation.chain import Chain
 from fedlearn.simulation.general import shares
+from fedlearn.simulation.gradients import loss_gradient
 from fedlearn.simulation.layers import FUNCTIONS, Activation, Affine, Flatten, Kind, Linear
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ class DenseTrainer:
             The losses, shape (clients, batch).
         """
         values = self._forward(x, weights)
-        losses, back = self._loss(values[-1], y, share)
+        outputs = values[-1]
+        losses, slope = loss_gradient(self._task, outputs.flatten(0, 1), y.flatten(0, 1), share.flatten())
+        back = slope.view_as(outputs)
         for i in range(len(self._layers) - 1, -1, -1):
             layer, entered = self._layers[i], values[i]
             if isinstance(layer, Linear):
@@ -109,7 +112,7 @@ class DenseTrainer:
                 back = back * layer.scale
             else:
                 back = _through(layer.kind, back, entered, values[i + 1])
-        return losses
+        return losses.view_as(share)
 
     def _forward(self, x: torch.Tensor, weights: Tensors) -> list[torch.Tensor]:
         """What enters each layer, and the outputs."""
@@ -127,14 +130,6 @@ class DenseTrainer:
             else:
                 values.append(FUNCTIONS[layer.kind](entered))
         return values
-
-    def _loss(self, outputs: torch.Tensor, y: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses, shape (clients, batch), and the gradient of their weighted sum with respect to the outputs."""
-        flat = outputs.flatten(0, 1).requires_grad_()
-        with torch.enable_grad():
-            losses = self._task.loss(flat, y.flatten(0, 1))
-        (back,) = torch.autograd.grad(losses, flat, share.flatten())
-        return losses.detach().view_as(share), back.view_as(outputs)
 
 
 def is_dense(chain: Chain) -> bool:
