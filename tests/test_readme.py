@@ -5,6 +5,7 @@ Blocks marked `federation` need processes that stay: tests/e2e/test_federation.p
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -103,6 +104,12 @@ def test_the_task_in_the_documentation(capsys, folder):
         path.write_text(blocks(WRITING, kind, mark)[0])
     assert run_blocks(capsys, blocks(WRITING, "console", "run")) == 2
     assert "accuracy" in (folder / "runs" / "wine" / "history.csv").read_text()
+
+
+def test_the_commands_of_a_day_of_simulating(capsys, folder):
+    """But for the sweep, which tests/e2e/test_sweep.py runs."""
+    assert run_blocks(capsys, blocks(ROOT / "docs" / "simulating.md", "console")) == 6
+    assert json.loads((folder / "runs" / "profile" / "profile.json").read_text())["clients"] == 30
 
 
 @pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -26,16 +27,18 @@ class Profile:
     Args:
         seconds: wall seconds by part (`PARTS`).
         clients: local trainings done.
+        rounds_s: from the first round's start to the last one's end, evaluation and checkpoints included.
     """
 
     seconds: dict[str, float]
     clients: int
+    rounds_s: float
 
     @classmethod
-    def of(cls, meter: Meter, clients: int) -> Profile:
+    def of(cls, meter: Meter, heard: MeasuredEvents) -> Profile:
         """What a meter shows now."""
         seconds = meter.seconds()
-        return cls({part: seconds.get(part, 0.0) for part in PARTS}, clients)
+        return cls({part: seconds.get(part, 0.0) for part in PARTS}, heard.clients, heard.rounds_s)
 
     @property
     def total_s(self) -> float:
@@ -44,9 +47,8 @@ class Profile:
 
     @property
     def clients_per_s(self) -> float:
-        """Local trainings a second of the rounds, evaluation and checkpoints included; start and end are not."""
-        rounds_s = self.total_s - self.seconds[OTHER]
-        return self.clients / rounds_s if rounds_s > 0 else 0.0
+        """Local trainings a second of the rounds."""
+        return self.clients / self.rounds_s if self.rounds_s > 0 else 0.0
 
     def table(self) -> list[tuple[str, float, float]]:
         """(part, seconds, percent) of each part, the whole last."""
@@ -60,6 +62,7 @@ class Profile:
             "seconds": {part: round(spent, 4) for part, spent, _ in self.table()},
             "percent": {part: round(percent, 2) for part, _, percent in self.table()},
             "clients": self.clients,
+            "rounds_s": round(self.rounds_s, 4),
             "clients_per_s": round(self.clients_per_s, 2),
         }
 
@@ -124,13 +127,21 @@ class MeasuredEvents:
     def __init__(self, meter: Meter, emit: events.Emit) -> None:
         self._meter, self._emit = meter, emit
         self.clients = 0
+        self._began_s = self._ended_s = 0.0
+
+    @property
+    def rounds_s(self) -> float:
+        """From the first round's start to the last event."""
+        return self._ended_s - self._began_s if self._began_s else 0.0
 
     def __call__(self, event: events.Event) -> None:
         if isinstance(event, events.RoundFinished | events.RoundVoid):
             self._meter.unwind()
         with self._meter.span(OTHER):
             self._emit(event)
+        self._ended_s = time.perf_counter()
         if isinstance(event, events.RoundStarted):
             self._meter.open(SUMMING)
+            self._began_s = self._began_s or self._ended_s
         elif isinstance(event, events.ClientFinished):
             self.clients += 1

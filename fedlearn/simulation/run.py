@@ -158,7 +158,7 @@ def simulate(
             result = run_ready(ready, manner, work.journal, folder.path)
             result.save(folder.path)
         if meter is not None and counted is not None:
-            measured = Profile.of(meter, counted.clients)
+            measured = Profile.of(meter, counted)
             result = replace(result, profile=measured)
             if place is not None:
                 folder.add(PROFILE, measured.to_dict())

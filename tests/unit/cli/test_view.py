@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from fedlearn import events
-from fedlearn.cli.view import MOST_OUT, MOST_ROWS, RunView
+from fedlearn.cli.view import MOST_OUT, MOST_ROWS, MOST_TRACES, RunView
+from fedlearn.simulation.failures import ClientFailure
 
 
 def start(rounds=3, done=0):
@@ -132,3 +133,38 @@ def test_a_simulated_world_is_in_the_row(capsys):
     assert not any("is out" in line for line in lines)
     assert lines[-1].endswith("61.5 s virtual, 2.5 MB, 7 away, 2 late")
     assert view.round_rows[0]["stragglers"] == 2
+
+
+def test_the_bar_moves_within_a_round_and_says_how_fast(monkeypatch):
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr("fedlearn.cli.view.REDRAW_S", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    with RunView() as view:
+        view.take(start(4))
+        for number in (1, 2):
+            view.take(events.RoundStarted("run-1", number, 1, 2))
+            view.take(events.ClientFinished("run-1", number, "a", {}))
+            assert view._progress.tasks[0].completed == number - 0.5
+            view.take(finished(number))
+            view.take(scored(number, 0.5))
+        assert view._progress.tasks[0].fields["note"] == "2/4  auc 0.5000  4 clients/s"
+    assert view.clients_per_s == 4.0
+
+
+def test_a_resumed_run_counts_its_own_work_alone(capsys):
+    view, _ = shown(capsys, start(done=1), finished(2), rows=False)
+    assert view.rounds_done == 2
+    assert view.clients_per_s == 4.0
+
+
+def test_only_the_first_tracebacks_are_shown(capsys):
+    trace = "Traceback (most recent call last):\n  File ...\nValueError: no\n"
+    with RunView(bar=False) as view:
+        view.take(start())
+        for client in "abcde":
+            view.client_raised(ClientFailure(client, 1, "train", "ValueError: no", trace, (1, 2), 2))
+    err = capsys.readouterr().err
+    assert err.count("Traceback") == MOST_TRACES
+    assert "client a raised in round 1 (train):\n  Traceback" in err
