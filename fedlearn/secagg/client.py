@@ -155,7 +155,7 @@ class ClientRound:
         try:
             self._check_turn(message)
             answer = self._take(message)
-        except SecureAggregationError:
+        except Exception:  # whatever it is: who has seen something wrong keeps no secrets and answers nothing more
             self.abandon()
             raise
         self._answered[type(message)] = (message, answer)

@@ -2,7 +2,7 @@
 
 Up to `COMPLETE_LIMIT` clients everyone is everyone's neighbour, and everyone holds a share of its own secrets too. Above, the graph is a ring in a
 random order in which everyone's neighbours are the k nearest (a Harary graph): Bell et al. 2020, "Secure single-server aggregation with
-(poly)logarithmic overhead", section 3 and theorem 3.10, with the exact tail sums instead of their bounds, as in the parameter finder of Google's
+(poly)logarithmic overhead", section 3, with the exact tail sums instead of their bounds, as in the parameter finder of Google's
 federated-compute. All arithmetic is in integers, so no rounding can make two sites disagree.
 
 The threshold t is semi-malicious: 2t exceeds the holders plus the adversarial ones among them. A server that asks some holders for a client's one

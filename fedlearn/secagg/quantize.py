@@ -2,7 +2,7 @@
 
 An update x with weight w becomes round(s * clip(w/W * x)) in integers of B bits, and w itself travels as one more coordinate, so the server learns the
 sum of weights and nobody's own. Rounding goes up with the probability of the fraction, so its mean is the value (Kairouz et al. 2021, "The distributed
-discrete Gaussian mechanism", section 4.1). The sum of n clients fits the ring of 2**b or the plan is refused when it is read.
+discrete Gaussian mechanism"). The sum of n clients fits the ring of 2**b or the plan is refused when it is read.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Encoding:
 
     @cached_property
     def norm_bound(self) -> float:
-        """What the L2 norm of an encoded update never exceeds, in integer units (Kairouz et al. 2021, proposition 26)."""
+        """What the L2 norm of an encoded update never exceeds, in integer units (conditional rounding of Kairouz et al. 2021)."""
         clip, root = self.scale * self.clip_l2, math.sqrt(self.length)
         spread = math.sqrt(2 * math.log(1 / NORM_FAILURE))
         return min(clip + root, math.sqrt(clip**2 + self.length / 4 + spread * (clip + root / 2)))
@@ -158,11 +158,11 @@ class Encoding:
 
     def _factor(self, update: npt.NDArray[Any], share: float) -> float:
         """What turns a coordinate into integer units: the weight's share, the clip and the scale."""
-        squares = [
-            float(np.square(update[low : low + _BLOCK], dtype=np.float64).sum())
-            for low in range(0, self.length, _BLOCK)
-        ]
-        norm = math.sqrt(math.fsum(squares)) * share if all(map(math.isfinite, squares)) else math.nan
+        squares = 0.0
+        with np.errstate(over="ignore", invalid="ignore"):  # an infinite norm says so itself
+            for low in range(0, self.length, _BLOCK):
+                squares += float(np.square(update[low : low + _BLOCK], dtype=np.float64).sum())
+        norm = math.sqrt(squares) * share if math.isfinite(squares) else math.nan
         if not math.isfinite(norm):
             raise UpdateError("update: it is not finite, or its norm is not", hint="training diverged")
         return self.scale * share * min(1.0, self.clip_l2 / norm if norm else 1.0)

@@ -13,7 +13,7 @@ from fedlearn.secagg.client import ClientRound, Identity
 from fedlearn.secagg.graph import Graph, members_of
 from fedlearn.secagg.memory import run_in_memory
 from fedlearn.secagg.plan import CheckIn, Plan, Profile, Terms
-from fedlearn.secagg.primitives import SeededDraw, Suite, new_identity, sign
+from fedlearn.secagg.primitives import SeededDraw, new_identity, sign
 from fedlearn.secagg.quantize import Encoding
 from fedlearn.secagg.ring import from_ring
 from fedlearn.secagg.server import ServerRound, Stage
@@ -130,10 +130,6 @@ class World:
 
 def malicious(n: int, **more: Any) -> World:
     return World(n, plan={"profile": Profile.MALICIOUS}, **more)
-
-
-def p256(n: int, **more: Any) -> World:
-    return World(n, plan={"suite": Suite.P256_AES256}, **more)
 
 
 def learnable(graph: Graph, sharers: int, told: Mapping[int, int], corrupt: int) -> list[set[int]]:
