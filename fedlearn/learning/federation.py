@@ -182,7 +182,7 @@ class Federation:
             self._machine.begin(at, cohort, digest)
         self._emit(events.RoundStarted(self._run, at.round, at.attempt, len(cohort)))
         losses: dict[str, tuple[float, int]] = {}
-        for reply in self._backend.fit(self._work(at, cohort, digest)):
+        for reply in self._backend.fit(self._work(at, cohort, digest, roster)):
             reason = self._take(reply)
             for client, facts, examples in _claims(reply):
                 if reason is None:
@@ -294,8 +294,8 @@ class Federation:
         due = number > 0 and every > 0 and (number % every == 0 or number == self._study.rounds)
         return due and self._journal.get(self._place("evaluated", number)) is None
 
-    def _work(self, at: AttemptId, cohort: tuple[str, ...], digest: str) -> Work:
-        bases = {client: base for client in cohort if (base := self._machine.base_of(client)) is not None}
+    def _work(self, at: AttemptId, cohort: tuple[str, ...], digest: str, roster: tuple[str, ...] = ()) -> Work:
+        bases = {client: base for client in roster or cohort if (base := self._machine.base_of(client)) is not None}
         return Work(
             at.round,
             at.attempt,

@@ -185,5 +185,5 @@ def gather(rows: Mapping[str, IntArray], clients: Sequence[str]) -> tuple[IntArr
     if isinstance(rows, ClientRows):
         return rows.gather(clients)
     parts = [rows[client] for client in clients]
-    sizes = np.array([len(part) for part in parts], dtype=np.int64)
-    return np.concatenate([*parts, np.empty(0, dtype=np.int64)]), sizes
+    counts = np.array([len(part) for part in parts], dtype=np.int64)
+    return np.concatenate([*parts, np.empty(0, dtype=np.int64)]), counts

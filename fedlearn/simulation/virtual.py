@@ -148,12 +148,24 @@ class EnvironmentBackend:
         if self._traffic is None:
             self._traffic = Traffic.of(self._study, self._strategy, work)
             self._passes = _passes(self._strategy, work)
-        sizes = self._population.train_sizes(clients)
+        sizes = self._sizes(clients)
         return Loads(
             self._traffic.down(work, clients),
             examples_processed(self._study.train, sizes) * self._passes,
             self._traffic.up(work, clients, sizes),
         )
+
+    def _sizes(self, clients: tuple[str, ...]) -> IntArray:
+        try:
+            return self._population.train_sizes(clients)
+        except Exception:  # somebody's data cannot be prepared: it has nothing to do, and training it says why
+            return np.array([self._size(client) for client in clients], dtype=np.int64)
+
+    def _size(self, client: str) -> int:
+        try:
+            return int(self._population.train_sizes((client,))[0])
+        except Exception:  # as above
+            return 0
 
     def _reasons(self, attempt: _Attempt) -> Iterator[tuple[str, str]]:
         """Why each client that did not arrive did not."""

@@ -183,6 +183,22 @@ def test_too_few_clients_in_a_week_end_the_run():
     assert "cohort.minimum" in caught.value.hint
 
 
+def test_whose_data_raises_is_the_one_that_fails(monkeypatch):
+    prepare = TinyTask.prepare
+
+    def broken(self, train, test):
+        if len(train.x) + len(test.x) == 14:
+            raise ZeroDivisionError("bob")
+        return prepare(self, train, test)
+
+    monkeypatch.setattr(TinyTask, "prepare", broken)
+    seen = []
+    outcome = world(tiny_study("environment.dropout=0.01", "rounds=1"), seen=seen)[0].run()
+    (out,) = (event for event in seen if isinstance(event, events.ClientDropped))
+    assert (out.client, out.virtual) == ("bob", False)
+    assert outcome.history[0]["clients"] == 3
+
+
 def test_a_strategy_that_trains_twice_takes_twice_as_long():
     seconds = []
     for strategy in ("fedavg", "ditto"):
