@@ -6,6 +6,7 @@ python -m benchmarks.simulation_peers loop W2 --rounds 5 --out /tmp/weights.npz
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import sys
@@ -23,7 +24,9 @@ from benchmarks.workloads import TASKS, WORKLOADS, Workload, first_model, orders
 # The contenders: each gives the final weights by name.
 
 
-def ours(workload: Workload, rounds: int, watch: Watch, *, backend: str | None = None) -> dict[str, np.ndarray]:
+def ours(
+    workload: Workload, rounds: int, watch: Watch, *, backend: str | None = None, strategy: str = "fedavg"
+) -> dict[str, np.ndarray]:
     import fedlearn
     from fedlearn import events
 
@@ -32,7 +35,7 @@ def ours(workload: Workload, rounds: int, watch: Watch, *, backend: str | None =
             watch.lap()
 
     chosen = {} if backend is None else {"backend": backend}
-    return dict(fedlearn.simulate(workload.study(rounds), emit=take, **chosen).weights)
+    return dict(fedlearn.simulate(workload.study(rounds, strategy={"name": strategy}), emit=take, **chosen).weights)
 
 
 def loop(workload: Workload, rounds: int, watch: Watch) -> dict[str, np.ndarray]:
@@ -180,6 +183,7 @@ QUIET = False
 CONTENDERS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
     "ours": ours,
     "sequential": lambda *a: ours(*a, backend="sequential"),
+    **{f"ours:{rule}": functools.partial(ours, strategy=rule) for rule in ("fedprox", "scaffold", "ditto")},
     "loop": loop,
     "pfl": pfl,
     "pfl+loss": lambda *a: pfl(*a, metrics=True),
