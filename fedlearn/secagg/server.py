@@ -178,6 +178,18 @@ class ServerRound:
         self._came = {stage: {} for stage in COLLECTED}
 
     @property
+    def agrees(self) -> bool:
+        """True when the survivors are signed by a quorum before anything is opened."""
+        return self._plan.agrees(len(self._members))
+
+    @property
+    def setup(self) -> tuple[Mapping[str, FromClient], ...]:
+        """Every message of the stages before the masked vectors, stage by stage, as far as they are closed."""
+        order = [Stage.CHECK_IN, *([] if self._complete() else [Stage.REVEAL]), Stage.SHARE] if self._index else []
+        closed = order[: order.index(self._stage)] if self._stage in order else order
+        return tuple(self._came[stage] for stage in closed)
+
+    @property
     def survivors(self) -> tuple[str, ...]:
         """Whose vectors are in the sum."""
         return tuple(self._members[i].client for i in members_of(self._survivors))
@@ -308,7 +320,7 @@ class ServerRound:
                 commitments,
             )
         )
-        self._stage = Stage.AGREE if self._plan.agrees(len(self._members)) else Stage.OPEN
+        self._stage = Stage.AGREE if self.agrees else Stage.OPEN
         out: dict[str, FromServer] = {}
         for i in members_of(survivors):
             alive = [j for j in self._graph.neighbours(i) if survivors >> j & 1]
