@@ -78,13 +78,15 @@ class RayBackend:
         self._owned = _connect(self._ray, address, None if workers is None else workers * study.runtime.threads)
         cpus = int(self._ray.cluster_resources().get("CPU", 1))
         needs = {"num_cpus": study.runtime.threads, "num_gpus": 0 if str(device) == "cpu" else 1}
-        self._crew = Crew(self._ray, self._setup(str(device)), workers or max(1, cpus // study.runtime.threads), needs)
+        self._actors = Actors(
+            self._ray, self._setup(str(device)), workers or max(1, cpus // study.runtime.threads), needs
+        )
         self._stateful_model = type(strategy).client_model is not Strategy.client_model
 
     @property
     def lost(self) -> int:
         """Workers that were lost so far."""
-        return self._crew.lost
+        return self._actors.lost
 
     def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:
         return self._planner.clients(at_least, timeout_s)
@@ -104,7 +106,7 @@ class RayBackend:
             return worker.fit.remote(settled, shared, clients, _known(states))
 
         most = plan.block if self._strategy.stateful else MOST_CLIENTS
-        for replies, kept in self._crew.run(begin, self._spans(work.cohort, plan.block, most)):
+        for replies, kept in self._actors.run(begin, self._spans(work.cohort, plan.block, most)):
             for client, made, state in kept:
                 self._memories.keep(client, made, state)
             yield from replies
@@ -119,11 +121,11 @@ class RayBackend:
             states = {c: self._memories.peek(c, work.base.get(c)) for c in clients} if own else {}
             return worker.evaluate.remote(shared, clients, _known(states))
 
-        for replies in self._crew.run(begin, self._spans(work.cohort, SCORED_TOGETHER, MOST_CLIENTS)):
+        for replies in self._actors.run(begin, self._spans(work.cohort, SCORED_TOGETHER, MOST_CLIENTS)):
             yield from replies
 
     def close(self) -> None:
-        self._crew.close()
+        self._actors.close()
         self._planner.close()
         self._memories.close()
         if self._owned and self._ray.is_initialized():
@@ -136,7 +138,7 @@ class RayBackend:
 
     def _spans(self, cohort: Sequence[str], block: int, most: int) -> list[tuple[str, ...]]:
         """The cohort in whole blocks, a few spans for each worker."""
-        wanted = -(-len(cohort) // (SPANS_PER_WORKER * self._crew.size))
+        wanted = -(-len(cohort) // (SPANS_PER_WORKER * self._actors.size))
         blocks = max(1, min(-(-wanted // block), most // block))
         return [tuple(cohort[i : i + blocks * block]) for i in range(0, len(cohort), blocks * block)]
 
@@ -151,8 +153,8 @@ class _Span:
 
 
 @dataclass
-class Crew:
-    """Actors that take one span at a time. One that is lost is replaced, and its span goes to whoever is free.
+class Actors:
+    """Those that take one span at a time. One that is lost is replaced, and its span goes to whoever is free.
 
     Args:
         ray: the module.
