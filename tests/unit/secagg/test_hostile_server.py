@@ -226,6 +226,32 @@ def a_key_of_another_suites_length(world):
     _low_order(world, "mask_key", bytes([2]) * 33)
 
 
+def p256(n):
+    return World(n, plan={"suite": Suite.P256_AES256})
+
+
+@attack(Breach.BAD_KEY, p256)
+def a_key_that_is_no_point_of_p256(world):
+    _low_order(world, "mask_key", b"\x02" + b"\xff" * 32)
+
+
+@attack(Breach.BAD_KEY, p256)
+def a_curve25519_key_where_p256_is_agreed(world):
+    _low_order(world, "transport_key", new_key(Suite.X25519_AES256, world.draw("other")).public)
+
+
+@attack(Breach.BAD_SIGNATURE, p256)
+def a_p256_key_is_substituted(world):
+    fake = new_key(world.suite, world.draw("fake")).public
+    tell(world, roster(world, **{OTHER: replace(member(world, OTHER), mask_key=fake)}))
+
+
+@attack(Breach.BAD_SIGNATURE, p256)
+def a_p256_inclusion_is_forged(world):
+    one, *rest = survivors(world).inclusions
+    tell(world, survivors_of(world, inclusions=(one[:-1] + bytes([one[-1] ^ 1]), *rest)))
+
+
 def _from_other_terms(world, **changes):
     other = replace(world.terms, **changes)
     tell(world, roster(world, **{OTHER: world.sign_in(OTHER, member(world, OTHER), other)}))
