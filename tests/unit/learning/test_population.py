@@ -10,7 +10,7 @@ import pytest
 
 from fedlearn import seeds
 from fedlearn.data.partition import make_partition
-from fedlearn.data.population import build_population
+from fedlearn.data.population import build_population, site_population
 from fedlearn.errors import DataError
 from fedlearn.learning import task as tasks
 from fedlearn.learning.task import Batch, ClientData, Population
@@ -134,3 +134,16 @@ def test_a_dict_of_rows_is_a_population_too():
     assert list(plain.client_ids) == list(CLIENTS)
     assert [len(batch) for batch in plain.block(CLIENTS)] == [9, 14, 20, 11]
     assert np.concatenate([batch.y for batch in plain.block(CLIENTS)]).tolist() == examples.y.tolist()
+
+
+@pytest.mark.parametrize("overrides", STUDIES.values(), ids=STUDIES)
+def test_a_site_has_what_it_has_in_the_simulation(overrides):
+    study = tiny_study(*overrides)
+    whole = build_population(study, TinyTask())
+    client = whole.client_ids[2]
+    site = site_population(study, TinyTask(), client, None)
+    assert list(site.client_ids) == [client]
+    assert same(site.client(client).train, whole.client(client).train)
+    assert same(site.client(client).test, whole.client(client).test)
+    with pytest.raises(DataError, match="is not one of this study's"):
+        site_population(study, TinyTask(), "nobody", None)
