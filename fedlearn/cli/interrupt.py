@@ -1,4 +1,4 @@
-"""Ctrl-C in a long run: the first one finishes the round, the second one stops at once."""
+"""Ctrl-C in a long run: the first one finishes the round, the second one stops at once, the third one does not wait for threads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from fedlearn.errors import INTERRUPTED_EXIT_CODE
 
 
 class Interrupts:
@@ -19,7 +21,7 @@ class Interrupts:
     def __init__(self, doing: str) -> None:
         self._doing = doing
         self._before: Any = None
-        self.asked = False
+        self.asked = self._raised = False
 
     def should_stop(self) -> bool:
         """True once somebody pressed Ctrl-C."""
@@ -39,7 +41,10 @@ class Interrupts:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         del number, frame
+        if self._raised:  # threads are in the middle of something long; what is on the disk is whole at any moment
+            os._exit(INTERRUPTED_EXIT_CODE)
         if self.asked:
+            self._raised = True
             raise KeyboardInterrupt
         self.asked = True
         # Not print: the signal may have come while a stream was being written to.

@@ -126,7 +126,8 @@ class SweepView:
             self._progress.update(self._task, completed=self._left_at_start - self._sweep.rounds_left, note=note)
         if state.status in {CellStatus.WAITING, CellStatus.RUNNING}:
             return
-        why = f": {state.reason}" if state.reason else f" after {state.round} rounds"
+        scored = f", {state.scored}" if state.scored else ""
+        why = f": {state.reason}" if state.reason else f" after {state.round} rounds{scored}"
         self._line(f"[{ended}/{len(self._sweep.states)}] {state.cell.label} {state.status.value}{why}{self._left()}")
 
     def _left(self) -> str:

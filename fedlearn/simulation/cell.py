@@ -1,7 +1,7 @@
 """A sweep's worker: `python -m fedlearn.simulation.cell` runs one study after another for the process that started it.
 
 Lines of JSON in: `{"index", "study", "folder", "setting", "workers"}` is a study to run, `{"stop": true}` ends the one that runs after its
-round. Lines of JSON out: `{"index", "kind"}` with the kind `progress` (`round`, `rounds`), `finished`, `stopped` or `failed` (`reason`, `hint`).
+round. Lines of JSON out: `{"index", "kind"}` with the kind `progress` (`round`, `rounds`), `finished`, `stopped` (`scored`) or `failed` (`reason`, `hint`).
 When standard input ends, whoever wanted the results is gone: so is this process, and the run folder is resumed another time.
 """
 
@@ -78,7 +78,9 @@ def _run(job: dict[str, Any], out: TextIO, stop: threading.Event) -> dict[str, A
             "reason": f"{type(error).__name__}: {error}",
             "hint": "the worker's log has the traceback",
         }
-    return {"kind": "stopped" if result.stopped else "finished"}
+    history = result.history
+    scored = f"{history.metric} {history.final():.4f}" if history.metric in history.columns else ""
+    return {"kind": "stopped" if result.stopped else "finished", "scored": scored}
 
 
 def _say(out: TextIO, index: int, **what: Any) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EVERY_S: Final = 1.0
 """A crash costs so many seconds of work at the most, and the round that was under way."""
-GATHER_LIMIT_BYTES: Final = 64 * 1024**2
+GATHER_LIMIT_BYTES: Final = 32 * 1024**2
 """More than this is written at once."""
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedlearn.learning.backend import Base
     from fedlearn.release.journal import Journal
 
-MEMORY_BYTES: Final = 256 * 1024**2
+MEMORY_BYTES: Final = 64 * 1024**2
 """Of states that are kept in memory: a cache where there is a journal, all that there is where there is none."""
 
 _Slot = tuple[str, int]

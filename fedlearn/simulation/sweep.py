@@ -43,7 +43,9 @@ class CellState:
         status: how it stands.
         round: rounds done.
         reason: why it failed.
+        scored: the last score in words, once it is there.
         skipped: True when it was finished before this sweep began.
+        hint: what to do about a failure.
     """
 
     cell: Cell
@@ -51,6 +53,7 @@ class CellState:
     status: CellStatus = CellStatus.WAITING
     round: int = 0
     reason: str = ""
+    scored: str = ""
     skipped: bool = False
     hint: str = field(default="", repr=False)
 
@@ -134,6 +137,7 @@ class Sweep:
             else:
                 state.status = CellStatus(message["kind"])
                 state.reason, state.hint = str(message.get("reason", "")), str(message.get("hint", ""))
+                state.scored = str(message.get("scored", ""))
             changed(state)
 
         with Crew(self.at_once, self.folder / LOG) as crew:

@@ -55,6 +55,28 @@ def test_ctrl_c_finishes_the_round_and_resume_goes_on(tmp_path):
     assert len(json.loads((tmp_path / "stopped" / "history.json").read_text())) == 100
 
 
+def test_a_second_ctrl_c_stops_within_the_round(tmp_path):
+    (tmp_path / "study.toml").write_text(_toml(json.loads(study_of("fedavg").to_json())))
+    run = [
+        sys.executable,
+        "-m",
+        "fedlearn.cli",
+        "simulate",
+        str(tmp_path / "study.toml"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    with family(Path.cwd(), ENV) as processes:
+        endless = processes.start(*run, "--set", "train.epochs=100000000")
+        endless.wait_for("round  clients", timeout_s=120)
+        endless.process.send_signal(signal.SIGINT)
+        endless.wait_for("Ctrl-C again stops at once")
+        endless.process.send_signal(signal.SIGINT)
+        assert endless.wait(60) == 130
+        assert "interrupted after round 0; no round was committed" in endless.output
+    assert not (tmp_path / "run").exists()
+
+
 def _toml(tree: dict, prefix: str = "") -> str:
     plain = {key: value for key, value in tree.items() if not isinstance(value, dict) and value is not None}
     lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]

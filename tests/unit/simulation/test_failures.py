@@ -9,10 +9,11 @@ import pytest
 
 import fedlearn
 from fedlearn import events
+from fedlearn.arrays import digest
 from fedlearn.cli import main
 from fedlearn.errors import WorkerCrashedError
 from fedlearn.simulation.failures import ClientFailure
-from tests.support.raising_task import NAME, ROWS_OF_BOB
+from tests.support.raising_task import NAME, ROWS_OF_BOB, RaisingTask
 from tests.support.tiny_task import tiny_study
 
 BACKEND = "sequential"
@@ -28,7 +29,6 @@ def raising(where: str, *overrides: str):
 def bob_is_in(request):
     """The folds in which bob's marked row trains, and in which it tests."""
     from fedlearn.data.population import build_population
-    from tests.support.raising_task import RaisingTask
 
     found = {}
     for fold in range(3):
@@ -72,6 +72,23 @@ def test_strict_ends_the_run_and_without_a_folder_the_log_says_it(bob_is_in, cap
     with caplog.at_level(logging.ERROR, logger="fedlearn.simulation"):
         fedlearn.simulate(study, backend=BACKEND, rounds=1)
     assert "raising_task.py" in caplog.text
+
+
+def test_a_strict_run_goes_on_when_the_code_is_mended(bob_is_in, tmp_path, monkeypatch):
+    study = raising("nowhere", f"data.fold={bob_is_in['train']}")
+    loss, calls = RaisingTask.loss, iter(range(100))
+
+    def late(self, outputs, y):
+        if next(calls) > 15:
+            raise RuntimeError("a late defect")
+        return loss(self, outputs, y)
+
+    monkeypatch.setattr(RaisingTask, "loss", late)
+    with pytest.raises(WorkerCrashedError, match="in round 2"):
+        fedlearn.simulate(study, out=tmp_path, backend=BACKEND, strict=True)
+    monkeypatch.setattr(RaisingTask, "loss", loss)
+    mended = fedlearn.simulate(resume=tmp_path, strict=True)
+    assert digest(mended.weights) == digest(fedlearn.simulate(study, backend=BACKEND).weights)
 
 
 def test_a_client_with_many_rows_and_any_name_has_a_bounded_report():
