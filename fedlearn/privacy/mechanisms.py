@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -71,25 +72,47 @@ class Chance:
             to: float32 or float64, contiguous, any shape. Angles are drawn in its precision, radii in double.
             std: of the numbers.
         """
-        flat = to.reshape(-1)
-        if not (np.shares_memory(flat, to) or to.size == 0) or flat.dtype not in {np.dtype("f4"), np.dtype("f8")}:
-            raise ValueError(f"noise: got an array of {to.dtype}, expected a contiguous one of float32 or float64")
-        scratch = np.empty((2, _BLOCK), dtype=flat.dtype)
-        for first in range(0, len(flat), 2 * _BLOCK):
-            part = flat[first : first + 2 * _BLOCK]
-            half = (len(part) + 1) // 2
-            radius = 1.0 - self.uniform(half)  # above 0, at most 1
-            np.log(radius, out=radius)
-            radius *= -2.0 * std * std
-            np.sqrt(radius, out=radius)
-            angle = (self._words(half) >> np.uint64(11)).astype(flat.dtype)
-            angle *= flat.dtype.type(2 * math.pi * 2.0**-53)
-            pairs = scratch[:, :half]  # Box and Muller 1958: a radius and an angle give two numbers
-            np.cos(angle, out=pairs[0])
-            np.sin(angle, out=pairs[1])
-            pairs *= radius.astype(flat.dtype)
-            part[:half] += pairs[0]
-            part[half:] += pairs[1, : len(part) - half]
+        self.add_normals([to], std)
+
+    def add_normals(self, to: Sequence[npt.NDArray[Any]], std: float) -> None:
+        """As `add_normal`, to several arrays of one dtype: what each number gets is as if they were one array, one after another.
+
+        So a model's gradient gets the same noise whether its layers are apart or in one vector, and small layers cost no call each.
+        """
+        flats = [array.reshape(-1) for array in to]
+        for flat, array in zip(flats, to, strict=True):
+            fits = flat.dtype == flats[0].dtype and flat.dtype in {np.dtype("f4"), np.dtype("f8")}
+            if not fits or not (np.shares_memory(flat, array) or array.size == 0):
+                raise ValueError(
+                    f"noise: got an array of {array.dtype}, expected contiguous ones of float32 or float64"
+                )
+        left = sum(map(len, flats))
+        targets = iter(flats)
+        target = flats[0][:0] if flats else np.empty(0, dtype="f4")
+        while left:
+            noise = self._normals(min(left, 2 * _BLOCK), std, target.dtype)
+            left -= len(noise)
+            while len(noise):
+                if not len(target):
+                    target = next(targets)
+                part = min(len(target), len(noise))
+                target[:part] += noise[:part]
+                target, noise = target[part:], noise[part:]
+
+    def _normals(self, count: int, std: float, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """Up to 2 * `_BLOCK` normal numbers: a radius and an angle give two (Box and Muller 1958)."""
+        half = (count + 1) // 2
+        radius = 1.0 - self.uniform(half)  # above 0, at most 1
+        np.log(radius, out=radius)
+        radius *= -2.0 * std * std
+        np.sqrt(radius, out=radius)
+        angle = (self._words(half) >> np.uint64(11)).astype(dtype)
+        angle *= dtype.type(2 * math.pi * 2.0**-53)
+        pairs = np.empty((2, half), dtype=dtype)
+        np.cos(angle, out=pairs[0])
+        np.sin(angle, out=pairs[1])
+        pairs *= radius.astype(dtype)
+        return pairs.reshape(-1)[:count]
 
     def normal(self, count: int, std: float = 1.0) -> npt.NDArray[np.float64]:
         """Independent normal numbers of mean 0, float64, shape (count,)."""

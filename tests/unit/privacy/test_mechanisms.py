@@ -39,6 +39,18 @@ def test_noise_is_added_whatever_the_shape():
     np.testing.assert_allclose(grid.ravel(), 7.0 + draw(15, std=0.5))
 
 
+@pytest.mark.parametrize("lengths", [(3, 0, 1, 32_768, 5), (40_000, 30_000), (), (0,), (70_001,)])
+def test_several_arrays_get_the_noise_of_one(lengths):
+    parts = [np.zeros((length, 1)) for length in lengths]
+    seeded_chance(1, "test").add_normals(parts, 2.0)
+    np.testing.assert_array_equal(np.concatenate([np.zeros(0), *map(np.ravel, parts)]), draw(sum(lengths), std=2.0))
+
+
+def test_arrays_of_several_types_are_refused():
+    with pytest.raises(ValueError, match="noise"):
+        secret_chance().add_normals([np.zeros(3), np.zeros(3, dtype=np.float32)], 1.0)
+
+
 @pytest.mark.parametrize("to", [np.zeros(4, dtype=np.int64), np.zeros((4, 4))[:, :3], np.zeros(4, dtype=np.float16)])
 def test_what_cannot_carry_noise_is_refused(to):
     with pytest.raises(ValueError, match="noise"):
