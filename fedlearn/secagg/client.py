@@ -64,6 +64,8 @@ EXPECTED: Final[Mapping[ClientState, type]] = {
     ClientState.AGREED: Agreements,
 }
 """The one message of the server that each state takes."""
+SECRETS: Final = ("_mask_key", "_transport_key", "_nonce", "_seed", "_held", "_channels")
+"""The attributes that hold a secret of this attempt; each goes as soon as it is needed no more."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +183,13 @@ class ClientRound:
         masked = vector.copy()
         apply_masks(masked, plus, minus, suite=self._suite, threads=threads)
         signature = self._sign(self._transcript.inclusion(me, self._sharers, len(self._members)))
+        self._drop("_mask_key", "_seed")
         self._state = ClientState.MASKED
         return Masked(signature, pack(masked, encoding.ring_bits))
 
     def abandon(self) -> None:
         """Give up: drop every secret and answer nothing more."""
-        self._erase()
+        self._drop(*SECRETS)
         self._answered = {}
         self._state = ClientState.FAILED
 
@@ -246,6 +249,7 @@ class ClientRound:
             )
             for j, shared in self._channels.items()
         )
+        self._drop("_transport_key", "_nonce")
         self._state = ClientState.SHARED
         return Shares(self._transcript.seed_commitment(me, self._seed), sealed)
 
@@ -263,7 +267,7 @@ class ClientRound:
         )
         checks.enough(sharers.bit_count(), self._terms.plan.minimum, "sharers")
         self._sharers = sharers
-        self._channels = {}
+        self._drop("_channels")
         self._state = ClientState.READY
 
     def _on_survivors(self, message: Survivors) -> Agreement | Opening:
@@ -292,7 +296,7 @@ class ClientRound:
         shares = tuple(self._held[j][0 if self._survivors >> j & 1 else 1] for j in owners)
         signed = self._transcript.opening(self._index, self._survivors, len(self._members), shares)
         opening = Opening(shares, self._sign(signed))
-        self._erase()
+        self._drop("_held")
         self._state = ClientState.OPENED
         return opening
 
@@ -302,9 +306,9 @@ class ClientRound:
     def _sign(self, message: bytes) -> bytes:
         return sign(self._suite, self._identity.key.secret, message)
 
-    def _erase(self) -> None:
+    def _drop(self, *secrets: str) -> None:
         # Python cannot overwrite bytes; dropping the last reference is all that can be done.
-        for name in ("_mask_key", "_transport_key", "_nonce", "_seed", "_held", "_channels"):
+        for name in secrets:
             self.__dict__.pop(name, None)
 
     def _expect(self, state: ClientState) -> None:

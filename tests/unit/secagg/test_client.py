@@ -12,13 +12,12 @@ import pytest
 
 from fedlearn.errors import LocalProtocolError
 from fedlearn.secagg.breach import SecureAggregationError
-from fedlearn.secagg.client import EXPECTED, ClientRound, ClientState, Identity
+from fedlearn.secagg.client import EXPECTED, SECRETS, ClientRound, ClientState, Identity
 from fedlearn.secagg.messages import Roster
 from fedlearn.secagg.server import ServerRound, Stage
 from tests.support.secagg_world import SUBJECT, World, malicious
 
 NAME = "site-000"
-SECRETS = ("_mask_key", "_transport_key", "_nonce", "_seed", "_held", "_channels")
 
 
 def secrets_of(client):
@@ -63,6 +62,24 @@ def test_no_secret_is_in_a_log_an_error_or_a_repr_of_a_whole_run(caplog):
     assert len(everything) > 1000
     for secret in seen:
         assert not any(form in everything for form in forms(secret))
+
+
+def test_each_secret_goes_when_it_is_needed_no_more():
+    world, held = World(4), []
+
+    def holding():
+        return {name for name in SECRETS if name in world.clients[NAME].__dict__}
+
+    world.rostered()
+    while world.out:
+        held.append(holding())
+        world.step()
+    assert held == [
+        {"_mask_key", "_transport_key", "_nonce"},
+        {"_mask_key", "_seed", "_held", "_channels"},
+        {"_held"},
+    ]
+    assert not holding()
 
 
 def test_secrets_are_gone_when_the_sum_is_open_and_when_the_round_is_given_up():

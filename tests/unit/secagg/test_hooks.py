@@ -147,7 +147,7 @@ def test_nothing_secret_is_recorded():
     world = World(4).delivered()
     record = record_of(world.server)
     for client in world.clients.values():
-        for secret in (client._mask_key.secret, client._transport_key.secret, client._seed):
+        for secret in (client._mask_key.secret, client._seed, *client._channels.values()):
             assert secret not in record
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from fedlearn.release.keys import AttemptId
 from fedlearn.secagg.breach import Breach, SecureAggregationError
-from fedlearn.secagg.client import ClientRound, ClientState, Identity
+from fedlearn.secagg.client import SECRETS, ClientRound, ClientState, Identity
 from fedlearn.secagg.graph import Graph, parameters
 from fedlearn.secagg.messages import Agreements, Delivery, Reveals, Roster, Survivors
 from fedlearn.secagg.plan import Plan, Terms
@@ -23,7 +23,6 @@ from fedlearn.secagg.shamir import PRIME
 from tests.support.secagg_world import SUBJECT, World, learnable, malicious, name_of
 
 VICTIM, OTHER, THIRD, CORRUPT = (name_of(i) for i in range(4))
-SECRETS = ("_mask_key", "_transport_key", "_nonce", "_seed", "_held", "_channels")
 ATTACKS = []
 
 
