@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from fedlearn.errors import LocalProtocolError, UnsupportedError
+from fedlearn.release.checksum import checksum_of
 from fedlearn.secagg import checks
 from fedlearn.secagg.breach import Breach, SecureAggregationError
 from fedlearn.secagg.graph import PPM, members_of
@@ -118,7 +119,7 @@ class ServerRound:
                 f"got {type(message).__name__} of {client!r}, collecting {self._stage.value}",
                 culprits=(client,),
             )
-        kept = message.signature if isinstance(message, Masked) else message  # vectors are added, not kept
+        kept = _kept(message)
         if client in came:
             if came[client] == kept:
                 return False
@@ -242,9 +243,8 @@ class ServerRound:
         came = self._came[Stage.CHECK_IN]
         if len(came) >= self._plan.encoding.clients:
             raise SecureAggregationError(Breach.ROSTER_SIZE, f"the roster is full with {len(came)}")
-        checks.check_in(message, self._terms, self._trust)
-        keys = {message.mask_key, message.transport_key}
-        if len(keys) < 2 or keys & self._keys:
+        keys = {message.mask_key, message.transport_key, checks.check_in(message, self._terms, self._trust)}
+        if len(keys) < 3 or keys & self._keys:
             raise SecureAggregationError(Breach.REPEATED_KEY, "a public key stands on the roster already")
         self._keys |= keys
 
@@ -300,13 +300,13 @@ class ServerRound:
         return out
 
     def _close_mask(self) -> dict[str, FromServer]:
-        came: dict[str, bytes] = self._came[Stage.MASK]
+        came: dict[str, tuple[bytes, str]] = self._came[Stage.MASK]
         survivors = sum(1 << self._index[client] for client in came)
         checks.enough(survivors.bit_count(), self._plan.minimum, "clients that sent a vector")
         for i in members_of(self._sharers):
-            if survivors & self._graph.holder_set(i):
-                around = (survivors & self._graph.holder_set(i)).bit_count()
-                checks.enough(around, self._graph.threshold, "survivors around a client")
+            around = survivors & self._graph.holder_set(i)
+            if around or survivors >> i & 1:  # nothing is left to open of who vanished with all its neighbours
+                checks.enough(around.bit_count(), self._graph.threshold, "survivors around a client")
         self._survivors = survivors
         commitments = {self._index[c]: s.seed_commitment for c, s in self._came[Stage.SHARE].items()}
         self._openings = Openings(
@@ -324,7 +324,8 @@ class ServerRound:
         out: dict[str, FromServer] = {}
         for i in members_of(survivors):
             alive = [j for j in self._graph.neighbours(i) if survivors >> j & 1]
-            out[self._members[i].client] = Survivors(survivors, tuple(came[self._members[j].client] for j in alive))
+            inclusions = tuple(came[self._members[j].client][0] for j in alive)
+            out[self._members[i].client] = Survivors(survivors, inclusions)
         return out
 
     def _close_agree(self) -> dict[str, FromServer]:
@@ -344,3 +345,8 @@ class ServerRound:
 
     def _enough(self, members: int, index: int) -> bool:
         return (members & self._graph.holder_set(index)).bit_count() >= self._graph.threshold
+
+
+def _kept(message: FromClient) -> Any:
+    """What tells a message from another one. A vector is added, not kept, so its checksum has to do."""
+    return (message.signature, checksum_of(message.vector)) if isinstance(message, Masked) else message

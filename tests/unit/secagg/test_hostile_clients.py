@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fedlearn.secagg.breach import Breach, SecureAggregationError
-from fedlearn.secagg.client import ClientRound
+from fedlearn.secagg.client import ClientRound, Identity
 from fedlearn.secagg.messages import Agreement, Masked, Opening, Reveal
 from fedlearn.secagg.primitives import new_key, sign
 from fedlearn.secagg.server import ServerRound, Stage
@@ -86,6 +86,15 @@ def test_a_stranger_and_one_too_many():
     refused(late, Breach.ROSTER_SIZE, fourth.check_in(), name_of(3))
 
 
+def test_one_identity_under_two_names():
+    world = World(5)
+    twin = Identity(OTHER, world.identities[LIAR].key)
+    trust = {**world.trust, OTHER: twin.key.public}
+    world.server = ServerRound(world.terms, trust, SUBJECT)
+    world.server.receive(LIAR, world.clients[LIAR].check_in())
+    refused(world, Breach.REPEATED_KEY, ClientRound(world.terms, twin, trust, world.draw("twin")).check_in(), OTHER)
+
+
 def test_another_check_in_than_before_and_one_after_the_roster():
     world = checking_in()
     first = world.clients[LIAR].check_in()
@@ -147,6 +156,7 @@ def test_a_second_vector_is_not_added():
     assert world.server.receive(LIAR, masked)
     assert not world.server.receive(LIAR, masked)
     refused(world, Breach.EQUIVOCATION, replace(masked, signature=bytes(64)))
+    refused(world, Breach.EQUIVOCATION, replace(masked, vector=bytes(len(masked.vector))))
     world.step()
     goes_on_without(world)
     assert LIAR in world.server.survivors

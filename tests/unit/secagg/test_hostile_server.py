@@ -193,6 +193,18 @@ def an_accomplice_uses_the_victims_transport_key_as_its_mask_key(world):
     tell(world, roster(world, **{CORRUPT: world.sign_in(CORRUPT, taken)}))
 
 
+@attack(Breach.REPEATED_KEY)
+def one_accomplice_is_enrolled_under_two_names(world):
+    world.rostered()
+    victim, key = world.clients[VICTIM], world.identities[CORRUPT].key
+    victim._trust = {**world.trust, THIRD: key.public}
+    twin = replace(member(world, THIRD), mask_key=new_key(world.suite, world.draw("twin")).public)
+    tell(
+        world,
+        roster(world, **{THIRD: replace(twin, signature=sign(world.suite, key.secret, twin.signed(world.terms)))}),
+    )
+
+
 def _low_order(world, field, key):
     weak = replace(member(world, CORRUPT), **{field: key})
     tell(world, roster(world, **{CORRUPT: world.sign_in(CORRUPT, weak)}))
@@ -397,6 +409,12 @@ def somebody_shared_who_is_not_on_the_roster(world):
 def only_an_accomplice_shared(world):
     sealed = delivery(world).sealed
     tell(world, delivery_of(world, sharers=0b1001, sealed=sealed[2:]))
+
+
+@attack(Breach.BELOW_THRESHOLD, lambda n: World(n, plan={"minimum": 4}))
+def fewer_sharers_than_the_plans_minimum(world):
+    sealed = delivery(world).sealed
+    tell(world, delivery_of(world, sharers=0b0111, sealed=sealed[:2]))
 
 
 @attack(Breach.EQUIVOCATION)
