@@ -7,11 +7,26 @@ from typing import Annotated
 import typer
 
 from fedlearn import __version__
-from fedlearn.cli import catalogue, certs, compare, demo, model, processes, runs, secagg, simulate, sweep
+from fedlearn.cli import (
+    catalogue,
+    certs,
+    compare,
+    demo,
+    ledger,
+    model,
+    privacy,
+    processes,
+    runs,
+    secagg,
+    simulate,
+    sweep,
+)
 from fedlearn.cli.framework import add, group
 
 app = group("One model from many organisations' data, without anyone showing theirs.")
 models = group("The final model: fetch it, export it, score a file with it.")
+plans = group("Privacy plans: what they cost.")
+ledgers = group("A site's ledger of what was spent on its data.")
 data = group("Tasks, their data, licences and clients.")
 authority = group("Certificates of a coordinator's development authority.")
 aggregation = group("Secure aggregation: what it costs and withstands.")
@@ -145,7 +160,45 @@ add(
     "fedlearn secagg plan --clients 100 --adversarial 0.1 --dropout 0.1 --parameters 1.7e6",
     "fedlearn secagg plan --clients 4 --parameters 50000 --profile malicious --json",
 )
+add(
+    plans,
+    "plan",
+    privacy.plan,
+    "Work out what a study's privacy would cost.",
+    "fedlearn privacy plan simulations/heart.toml --epsilon 3 --units 1000 --rate 0.05 --steps 10",
+    "fedlearn privacy plan simulations/keyboard.toml --unit client --units 463 --delta 1e-4 --noise 2",
+)
+add(
+    ledgers,
+    "show",
+    ledger.show,
+    "Show what a site's accounts have spent.",
+    "fedlearn ledger show state/ledgers/heart",
+)
+add(
+    ledgers,
+    "verify",
+    ledger.verify,
+    "Check a ledger's hashes and signatures.",
+    "fedlearn ledger verify state/ledgers/heart --head remembered.json",
+)
+add(
+    ledgers,
+    "export",
+    ledger.export,
+    "Write a ledger as one JSON document.",
+    "fedlearn ledger export state/ledgers/heart --out heart-ledger.json",
+)
+add(
+    app,
+    "check-model",
+    privacy.check_model,
+    "Say whether a study's model can train privately.",
+    "fedlearn check-model simulations/heart.toml",
+)
 app.add_typer(models, name="model")
+app.add_typer(plans, name="privacy")
+app.add_typer(ledgers, name="ledger")
 app.add_typer(data, name="data")
 app.add_typer(authority, name="certs")
 app.add_typer(aggregation, name="secagg")

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from fedlearn.errors import UnsupportedError
+from fedlearn.privacy.gradient_rules import RULES, Gradients, places_of, why_not
 
 if TYPE_CHECKING:
     from torch.autograd.graph import GradientEdge
 
 Factors = tuple[torch.Tensor, torch.Tensor]
-Gradients = dict[str, torch.Tensor]
+_CHECK_TOLERANCE: Final = 1e-3  # of float32's and autocast's rounding, far below what a wrong rule gives
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ class _Layer:
         if len(calls) < 2:
             return calls[0] if calls else None
         if isinstance(self.module, nn.Linear):
-            return torch.cat([_places(a) for a, _ in calls], 1), torch.cat([_places(g) for _, g in calls], 1)
+            return torch.cat([places_of(a) for a, _ in calls], 1), torch.cat([places_of(g) for _, g in calls], 1)
         if isinstance(self.module, nn.Embedding):
-            return torch.cat([a.flatten(1) for a, _ in calls], 1), torch.cat([_places(g) for _, g in calls], 1)
+            return torch.cat([a.flatten(1) for a, _ in calls], 1), torch.cat([places_of(g) for _, g in calls], 1)
         raise UnsupportedError(f"model: {type(self.module).__name__} is used several times in one pass")
 
     def prepare(self, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], Gradients]]:
         """Squared norms, shape (batch,), and a function from clip factors, shape (batch,), to the layer's clipped sums."""
-        return _RULES[type(self.module)](self.module, a, g)
+        return RULES[type(self.module)](self.module, a, g)
 
 
 class GhostGradients:
@@ -89,11 +89,15 @@ class GhostGradients:
     Args:
         model: `torch.nn.Linear`, `Conv1d`, `Conv2d` (without groups), `Embedding`, `LayerNorm`, `GroupNorm`, and anything without parameters.
 
+    The first batch is a check as well: one example's gradient must be what one backward pass of its loss gives. It is not where weights are
+    used past their layer, or a layer is called without a batch dimension.
+
     Raises:
         UnsupportedError: a trainable parameter is of another layer, or of two; the message names it.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._checked = False
         self._layers: list[_Layer] = []
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         why = unsupported(model)
@@ -111,6 +115,9 @@ class GhostGradients:
         Args:
             losses: runs the model and gives one loss an example, shape (batch,).
             clip_l2: the longest gradient of one example, over all parameters together.
+
+        Raises:
+            UnsupportedError: the model uses its weights in a way that has no per-example gradients here; the message names them.
         """
         handles = [layer.module.register_forward_hook(layer.catch) for layer in self._layers]
         try:
@@ -127,26 +134,54 @@ class GhostGradients:
     def _sum(self, losses: torch.Tensor, clip_l2: float) -> ClippedSum:
         used = [layer for layer in self._layers if layer.edges]
         edges = [edge for layer in used for edge in layer.edges]
-        found = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True))
+        found = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True, retain_graph=True) if edges else ())
         pairs = [(layer, layer.factors([next(found) for _ in layer.edges])) for layer in used]
         caught = [(layer, pair) for layer, pair in pairs if pair is not None]
+        for layer, (a, g) in caught:
+            if not a.shape[:1] == g.shape[:1] == losses.shape:
+                raise UnsupportedError(
+                    f"model: {', '.join(layer.names.values())}: the layer is called on {tuple(a.shape)} for {len(losses)} examples",
+                    hint="call it with one row for each example",
+                )
         with torch.no_grad():
             prepared = [layer.prepare(*pair) for layer, pair in caught]
-            squared = torch.stack([norms for norms, _ in prepared]).sum(0)
+            squared = torch.stack([torch.zeros_like(losses), *(norms for norms, _ in prepared)]).sum(0)
             good = torch.isfinite(squared) & torch.isfinite(losses.detach())
             if not bool(good.all()):
                 # Zero times NaN is NaN: what is not finite is taken out of the factors themselves.
                 prepared = [layer.prepare(_only(a, good), _only(g, good)) for layer, (a, g) in caught]
+
+            def weighted(factors: torch.Tensor) -> Gradients:
+                sums = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+                for (layer, _), (_, of_layer) in zip(caught, prepared, strict=True):
+                    sums |= {layer.names[n]: value for n, value in of_layer(factors).items() if n in layer.names}
+                return sums
+
+            self._check(losses, good, weighted)
             norms = squared.clamp_min(0).sqrt()
             factors = torch.where(good, (clip_l2 / norms).clamp(max=1.0), torch.zeros_like(norms))
-            sums: Gradients = {}
-            for (layer, _), (_, weighted) in zip(caught, prepared, strict=True):
-                sums |= {layer.names[name]: value for name, value in weighted(factors).items() if name in layer.names}
-            for name, parameter in self._parameters.items():
-                if name not in sums:
-                    sums[name] = torch.zeros_like(parameter)
+            sums = weighted(factors)
         count = int(good.sum())
         return ClippedSum(sums, count, len(losses) - count, int(((norms <= clip_l2) & good).sum()))
+
+    def _check(self, losses: torch.Tensor, good: torch.Tensor, weighted: Callable[[torch.Tensor], Gradients]) -> None:
+        """Compare one example of the first batch with its own backward pass."""
+        if self._checked or not bool(good.any()):
+            return
+        one = int(good.nonzero()[0])
+        with torch.enable_grad():
+            truth = torch.autograd.grad(
+                losses[one], list(self._parameters.values()), allow_unused=True, materialize_grads=True
+            )
+        ours = weighted(nn.functional.one_hot(torch.tensor(one), len(losses)).to(losses))
+        scale = float(torch.stack([value.norm() for value in truth]).norm())
+        for name, value in zip(self._parameters, truth, strict=True):
+            if float((ours[name] - value).norm()) > _CHECK_TOLERANCE * (scale + 1e-6):
+                raise UnsupportedError(
+                    f"model: {name}: its per-example gradient is not what the layer's input and output say",
+                    hint="use the weights through their layer only, called with one row for each example",
+                )
+        self._checked = True
 
 
 def unsupported(model: nn.Module) -> list[str]:
@@ -161,144 +196,12 @@ def unsupported(model: nn.Module) -> list[str]:
             if id(parameter) in seen:
                 why.append(f"{full} is tied to {seen[id(parameter)]}")
             seen[id(parameter)] = full
-            if (reason := _why_not(module)) is not None:
+            if (reason := why_not(module)) is not None:
                 why.append(f"{full}: {reason}")
     return why
-
-
-def _why_not(module: nn.Module) -> str | None:
-    if type(module) not in _RULES:
-        return f"no rule for {type(module).__name__}"
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
-        return "a convolution in groups, or padded with other than zeros"
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and isinstance(module.padding, str):
-        return f"padding {module.padding!r}: give a number"
-    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
-        return "an embedding with max_norm, sparse or scale_grad_by_freq"
-    return None
-
-
-def _places(x: torch.Tensor) -> torch.Tensor:
-    """(batch, ..., width) to (batch, places, width)."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _only(x: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
     """The same with zeros for the other examples."""
     mask = good.reshape(-1, *[1] * (x.ndim - 1))
     return torch.where(mask, x, torch.zeros_like(x))
-
-
-def _square(x: torch.Tensor) -> torch.Tensor:
-    """Squared norm of each example, shape (batch,)."""
-    norms: torch.Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
-    return norms.square()
-
-
-def _linear(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Callable[..., Gradients]]:
-    assert isinstance(module, nn.Linear)
-    if a.ndim > 2:
-        return _sequence(_places(a), _places(g), module.weight.shape, bias=module.bias is not None)
-
-    squared = _square(a) * _square(g)
-
-    def weighted(factors: torch.Tensor) -> Gradients:
-        scaled = g * factors[:, None]
-        return {"weight": scaled.t() @ a, "bias": scaled.sum(0)}
-
-    return squared + _square(g) if module.bias is not None else squared, weighted
-
-
-def _sequence(
-    a: torch.Tensor, g: torch.Tensor, shape: torch.Size, *, bias: bool
-) -> tuple[torch.Tensor, Callable[..., Gradients]]:
-    """A linear layer over places: a of (batch, places, in), g of (batch, places, out); `shape` is the weight's."""
-    places, inner, outer = a.shape[1], a.shape[2], g.shape[2]
-    total = g.sum(1) if bias else None
-    more = _square(total) if total is not None else 0.0
-    if places * (inner + outer) < inner * outer:
-        gram = torch.bmm(a, a.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
-        squared = gram.flatten(1).sum(1)
-
-        def weight(factors: torch.Tensor) -> torch.Tensor:
-            return (g * factors[:, None, None]).reshape(-1, outer).t() @ a.reshape(-1, inner)
-    else:
-        each = torch.bmm(g.transpose(1, 2), a)
-        squared = _square(each)
-
-        def weight(factors: torch.Tensor) -> torch.Tensor:
-            return torch.mv(each.flatten(1).t(), factors).reshape(outer, inner)
-
-    def weighted(factors: torch.Tensor) -> Gradients:
-        sums = {"weight": weight(factors).reshape(shape)}
-        return sums if total is None else {**sums, "bias": factors @ total}
-
-    return squared + more, weighted
-
-
-def _convolution(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Callable[..., Gradients]]:
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    assert not isinstance(module.padding, str)
-    flat = isinstance(module, nn.Conv1d)  # a picture of one row
-    if flat:
-        a = a.unsqueeze(2)
-    kernel, dilation, stride = ((1, *x) if flat else x for x in (module.kernel_size, module.dilation, module.stride))
-    padding = (0, *module.padding) if flat else module.padding
-    patches = functional.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride)
-    return _sequence(
-        patches.transpose(1, 2), g.flatten(2).transpose(1, 2), module.weight.shape, bias=module.bias is not None
-    )
-
-
-def _embedding(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Callable[..., Gradients]]:
-    assert isinstance(module, nn.Embedding)
-    tokens, g = a.flatten(1), _places(g)
-    if module.padding_idx is not None:
-        g = g * (tokens != module.padding_idx)[:, :, None].to(g.dtype)
-    same = (tokens[:, :, None] == tokens[:, None, :]).to(g.dtype)
-    squared = torch.bmm(g, g.transpose(1, 2)).mul_(same).flatten(1).sum(1)
-
-    def weighted(factors: torch.Tensor) -> Gradients:
-        scaled = (g * factors[:, None, None]).flatten(0, 1)
-        return {"weight": torch.zeros_like(module.weight).index_add_(0, tokens.flatten(), scaled)}
-
-    return squared, weighted
-
-
-def _normalisation(
-    normalised: torch.Tensor, g: torch.Tensor, places: tuple[int, ...]
-) -> tuple[torch.Tensor, Callable[..., Gradients]]:
-    """Scale and shift of what was normalised; `places` are the dimensions that share them."""
-    scale = (g * normalised).sum(places) if places else g * normalised
-    shift = g.sum(places) if places else g
-
-    def weighted(factors: torch.Tensor) -> Gradients:
-        return {"weight": torch.tensordot(factors, scale, 1), "bias": torch.tensordot(factors, shift, 1)}
-
-    return _square(scale), weighted
-
-
-def _layer_norm(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Callable[..., Gradients]]:
-    assert isinstance(module, nn.LayerNorm)
-    normalised = functional.layer_norm(a, module.normalized_shape, eps=module.eps)
-    places = tuple(range(1, a.ndim - len(module.normalized_shape)))
-    squared, weighted = _normalisation(normalised, g, places)
-    return squared + _square(g.sum(places) if places else g) if module.bias is not None else squared, weighted
-
-
-def _group_norm(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Callable[..., Gradients]]:
-    assert isinstance(module, nn.GroupNorm)
-    normalised = functional.group_norm(a, module.num_groups, eps=module.eps)
-    places = tuple(range(2, a.ndim))
-    squared, weighted = _normalisation(normalised, g, places)
-    return squared + _square(g.sum(places) if places else g), weighted
-
-
-_RULES: Final[dict[type[nn.Module], Callable[..., tuple[torch.Tensor, Callable[..., Gradients]]]]] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _convolution,
-    nn.Conv2d: _convolution,
-    nn.Embedding: _embedding,
-    nn.LayerNorm: _layer_norm,
-    nn.GroupNorm: _group_norm,
-}

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedlearn.errors import UnsupportedError
-from fedlearn.privacy.ghost import ClippedSum, Gradients
+from fedlearn.privacy.ghost import ClippedSum
+from fedlearn.privacy.gradient_rules import Gradients
 
 if TYPE_CHECKING:
     from torch import nn

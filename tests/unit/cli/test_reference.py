@@ -28,7 +28,7 @@ def test_every_key_of_a_study_is_listed_with_a_text():
 
 
 def test_every_command_has_examples_that_start_with_its_name():
-    groups = {(), ("model",), ("data",), ("certs",), ("secagg",)}
+    groups = {(), ("model",), ("data",), ("certs",), ("secagg",), ("privacy",), ("ledger",)}
     for path in reference.command_paths():
         text = reference.help_text(path)
         if path in groups:

@@ -182,6 +182,34 @@ def test_models_without_a_rule_are_named():
             GhostGradients(nn.Sequential(layer))
 
 
+class SharedPlaces(nn.Module):
+    """As many places as the batch has examples: every shape fits, and the gradients are others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Embedding(7, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(x.unsqueeze(1) + self.places(torch.arange(7))).mean(1)
+
+
+class PastItsLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.one(x) + nn.functional.linear(x, self.one.weight)
+
+
+@pytest.mark.parametrize(("model", "name"), [(SharedPlaces, "places.weight"), (PastItsLayer, "one.weight")])
+def test_a_model_that_would_be_clipped_wrongly_is_refused_on_its_first_batch(model, name):
+    torch.manual_seed(0)
+    model, x, y = model(), torch.randn(7, 5), torch.randint(3, (7,))
+    with pytest.raises(UnsupportedError, match=name):
+        GhostGradients(model)(lambda: nn.functional.cross_entropy(model(x), y, reduction="none"), 1.0)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_a_layer_of_another_kind_takes_the_general_path():
     torch.manual_seed(0)

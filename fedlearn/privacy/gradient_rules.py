@@ -1,0 +1,147 @@
+"""What a layer's input and its output's gradient say of its own gradients: one rule for each kind of layer.
+
+A rule takes the layer, its input `a` and the gradient `g` of its output, both with one row for each example. It gives the squared norm of each
+example's gradient, shape (batch,), and a function from factors, shape (batch,), to the sums of gradients times factors, by parameter name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+Gradients = dict[str, torch.Tensor]
+Weighted = Callable[[torch.Tensor], Gradients]
+Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Weighted]]
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why there is no rule for a layer, in words; None where there is."""
+    if type(module) not in RULES:
+        return f"no rule for {type(module).__name__}"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
+        return "a convolution in groups, or padded with other than zeros"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and isinstance(module.padding, str):
+        return f"padding {module.padding!r}: give a number"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
+        return "an embedding with max_norm, sparse or scale_grad_by_freq"
+    return None
+
+
+def places_of(x: torch.Tensor) -> torch.Tensor:
+    """(batch, ..., width) to (batch, places, width)."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _square(x: torch.Tensor) -> torch.Tensor:
+    """Squared norm of each example, shape (batch,)."""
+    norms: torch.Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return norms.square()
+
+
+def _linear(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Weighted]:
+    assert isinstance(module, nn.Linear)
+    if a.ndim > 2:
+        return _sequence(places_of(a), places_of(g), module.weight.shape, bias=module.bias is not None)
+
+    squared = _square(a) * _square(g)
+
+    def weighted(factors: torch.Tensor) -> Gradients:
+        scaled = g * factors[:, None]
+        return {"weight": scaled.t() @ a, "bias": scaled.sum(0)}
+
+    return squared + _square(g) if module.bias is not None else squared, weighted
+
+
+def _sequence(a: torch.Tensor, g: torch.Tensor, shape: torch.Size, *, bias: bool) -> tuple[torch.Tensor, Weighted]:
+    """A linear layer over places: a of (batch, places, in), g of (batch, places, out); `shape` is the weight's."""
+    places, inner, outer = a.shape[1], a.shape[2], g.shape[2]
+    total = g.sum(1) if bias else None
+    more = _square(total) if total is not None else 0.0
+    if places * (inner + outer) < inner * outer:
+        gram = torch.bmm(a, a.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
+        squared = gram.flatten(1).sum(1)
+
+        def weight(factors: torch.Tensor) -> torch.Tensor:
+            return (g * factors[:, None, None]).reshape(-1, outer).t() @ a.reshape(-1, inner)
+    else:
+        each = torch.bmm(g.transpose(1, 2), a)
+        squared = _square(each)
+
+        def weight(factors: torch.Tensor) -> torch.Tensor:
+            return torch.mv(each.flatten(1).t(), factors).reshape(outer, inner)
+
+    def weighted(factors: torch.Tensor) -> Gradients:
+        sums = {"weight": weight(factors).reshape(shape)}
+        return sums if total is None else {**sums, "bias": factors @ total}
+
+    return squared + more, weighted
+
+
+def _convolution(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Weighted]:
+    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+    assert not isinstance(module.padding, str)
+    flat = isinstance(module, nn.Conv1d)  # a picture of one row
+    if flat:
+        a = a.unsqueeze(2)
+    kernel, dilation, stride = ((1, *x) if flat else x for x in (module.kernel_size, module.dilation, module.stride))
+    padding = (0, *module.padding) if flat else module.padding
+    patches = functional.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride)
+    return _sequence(
+        patches.transpose(1, 2), g.flatten(2).transpose(1, 2), module.weight.shape, bias=module.bias is not None
+    )
+
+
+def _embedding(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Weighted]:
+    assert isinstance(module, nn.Embedding)
+    tokens, g = a.reshape(a.shape[0], -1), places_of(g)
+    if module.padding_idx is not None:
+        g = g * (tokens != module.padding_idx)[:, :, None].to(g.dtype)
+    same = (tokens[:, :, None] == tokens[:, None, :]).to(g.dtype)
+    squared = torch.bmm(g, g.transpose(1, 2)).mul_(same).flatten(1).sum(1)
+
+    def weighted(factors: torch.Tensor) -> Gradients:
+        scaled = (g * factors[:, None, None]).flatten(0, 1)
+        return {"weight": torch.zeros_like(module.weight).index_add_(0, tokens.flatten(), scaled)}
+
+    return squared, weighted
+
+
+def _normalisation(normalised: torch.Tensor, g: torch.Tensor, places: tuple[int, ...]) -> tuple[torch.Tensor, Weighted]:
+    """Scale and shift of what was normalised; `places` are the dimensions that share them."""
+    scale = (g * normalised).sum(places) if places else g * normalised
+    shift = g.sum(places) if places else g
+
+    def weighted(factors: torch.Tensor) -> Gradients:
+        return {"weight": torch.tensordot(factors, scale, 1), "bias": torch.tensordot(factors, shift, 1)}
+
+    return _square(scale), weighted
+
+
+def _layer_norm(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Weighted]:
+    assert isinstance(module, nn.LayerNorm)
+    normalised = functional.layer_norm(a, module.normalized_shape, eps=module.eps)
+    places = tuple(range(1, a.ndim - len(module.normalized_shape)))
+    squared, weighted = _normalisation(normalised, g, places)
+    return squared + _square(g.sum(places) if places else g) if module.bias is not None else squared, weighted
+
+
+def _group_norm(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Weighted]:
+    assert isinstance(module, nn.GroupNorm)
+    normalised = functional.group_norm(a, module.num_groups, eps=module.eps)
+    places = tuple(range(2, a.ndim))
+    squared, weighted = _normalisation(normalised, g, places)
+    return squared + _square(g.sum(places) if places else g), weighted
+
+
+RULES: Final[dict[type[nn.Module], Rule]] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+}

@@ -1,0 +1,194 @@
+"""`fedlearn privacy plan`, `fedlearn check-model` and `fedlearn ledger`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedlearn.cli import main
+from fedlearn.privacy.budget import Budget
+from fedlearn.privacy.events import Cost, Gaussian
+from fedlearn.privacy.ledger_file import LEDGER_FILE, LedgerFolder
+from fedlearn.release import TRAIN, Charge, ReleaseKey
+
+HEART = "simulations/heart.toml"
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+
+
+def answer(capsys, *argv: str) -> dict:
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_budget_becomes_noise_and_every_claim_is_whole(capsys):
+    found = answer(
+        capsys,
+        "privacy",
+        "plan",
+        HEART,
+        "--epsilon",
+        "3",
+        "--units",
+        "200",
+        "--delta",
+        "1e-4",
+        "--rate",
+        "0.1",
+        "--rounds",
+        "4",
+    )
+    assert 3 - 1e-4 <= found["accountants"][0]["epsilon"] <= 3 <= found["accountants"][1]["epsilon"]
+    assert found["enforced"] is False
+    assert {c["adversary"] for c in found["claims"]} == {"server", "other sites", "reader of the model"}
+    assert all(
+        c["unit"] == "record" and c["neighbours"] == "add-or-remove-one" and c["delta"] == 1e-4 for c in found["claims"]
+    )
+    epsilons = [point["epsilon"] for point in found["curve"]]
+    assert epsilons == sorted(epsilons)
+    assert found["curve"][-1]["round"] == 4
+    by = {one["what"]: one["epsilon"] for one in found["what_if"]}
+    assert by["noise x 2"] < by["rounds x 0.5"] < by["the plan"] < by["rounds x 2"] < by["noise x 0.5"]
+
+
+def test_central_noise_says_infinite_against_the_server(capsys):
+    argv = [
+        "privacy",
+        "plan",
+        HEART,
+        "--unit",
+        "client",
+        "--units",
+        "1000",
+        "--noise",
+        "4",
+        "--rate",
+        "0.01",
+        "--rounds",
+        "10",
+    ]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert any(line.startswith("server") and "infinite" in line for line in out.splitlines())
+    assert "not private" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--units", "200", "--rate", "0.1"], 2, "--epsilon"),
+        (["--units", "200", "--rate", "0.1", "--epsilon", "3", "--noise", "1"], 2, "--epsilon"),
+        (["--epsilon", "3", "--rate", "0.1"], 3, "--units"),
+        (["--units", "200", "--epsilon", "3"], 3, "--rate"),
+        (["--units", "200", "--epsilon", "0", "--rate", "0.1"], 3, "epsilon"),
+        (["--units", "200", "--epsilon", "-1", "--rate", "0.1"], 3, "epsilon"),
+        (["--units", "200", "--epsilon", "3", "--rate", "0.1", "--delta", "1"], 3, "delta"),
+        (["--units", "200", "--epsilon", "3", "--rate", "0.1", "--delta", "0.01"], 3, "less than 1/200"),
+        (["--units", "200", "--epsilon", "3", "--rate", "1.1"], 3, "sampling rate"),
+        (
+            ["--units", "200", "--noise", "1", "--rate", "0.1", "--unit", "client", "--set", "strategy.name=median"],
+            3,
+            "not linear",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_with_the_reason(capsys, options, code, says):
+    assert main(["privacy", "plan", HEART, *options]) == code
+    assert says in capsys.readouterr().err
+
+
+def test_a_picture_is_drawn(capsys, tmp_path):
+    argv = [
+        "privacy",
+        "plan",
+        HEART,
+        "--noise",
+        "3",
+        "--units",
+        "200",
+        "--rate",
+        "0.1",
+        "--delta",
+        "1e-4",
+        "--rounds",
+        "3",
+    ]
+    assert main([*argv, "--plot", str(tmp_path / "e.png")]) == 0
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert main([*argv, "--plot", str(tmp_path / "nowhere" / "e.png")]) == 12
+
+
+def test_the_heart_model_can_train_privately(capsys):
+    assert answer(capsys, "check-model", HEART)["path"] == "fast"
+
+
+def test_a_model_that_cannot_says_why_and_how(capsys, tmp_path, monkeypatch):
+    (tmp_path / "batchy.py").write_text(
+        "from fedlearn.tasks.digits import DigitsTask\n"
+        "from torch import nn\n"
+        "class Batchy(DigitsTask):\n"
+        "    name = 'batchy:Batchy'\n"
+        "    def model(self):\n"
+        "        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["check-model", "simulations/digits.toml", "--set", "task.name=batchy:Batchy"]) == 14
+    out = capsys.readouterr().out
+    assert "record-level privacy: no" in out
+    assert "- BatchNorm2d(4" in out
+    assert "+ GroupNorm(4, 4" in out
+    assert "rewritten so, it can train" in out
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with LedgerFolder(tmp_path / "heart", "cleveland", "heart", KEY) as ledger:
+        ledger.note_budgets({"heart/record": Budget(3.0, 1e-5)})
+        charge = Charge("heart/record", Cost(Gaussian(10.0)).to_text())
+        ledger.charge(ReleaseKey("r", 1, 1, TRAIN, "m"), charge)
+        ledger.refuse(ReleaseKey("r", 2, 1, TRAIN, "m"), charge, "budget", "no")
+        (tmp_path / "head.json").write_text(ledger.head().to_text())
+    return tmp_path / "heart"
+
+
+def test_a_ledger_is_shown_while_its_agent_runs(capsys, folder):
+    held = LedgerFolder(folder, "cleveland", "heart", KEY)
+    try:
+        (account,) = answer(capsys, "ledger", "show", str(folder))["accounts"]
+    finally:
+        held.close()
+    assert (account["account"], account["charges"], account["refusals"]) == ("heart/record", 1, 1)
+    assert 0 < account["epsilon"] <= 3.0
+    assert account["budget"]["epsilon"] == 3.0
+    assert main(["ledger", "show", str(folder)]) == 0
+    assert "heart/record" in capsys.readouterr().out
+
+
+def test_verify_tells_a_sound_ledger_from_another(capsys, folder):
+    head = str(folder.parent / "head.json")
+    assert main(["ledger", "verify", str(folder), "--head", head]) == 0
+    assert "4 records" in capsys.readouterr().out
+    file = folder / LEDGER_FILE
+    whole = file.read_bytes()
+    file.write_bytes(whole[: whole.rstrip(b"\n").rfind(b"\n") + 1])
+    assert main(["ledger", "verify", str(folder)]) == 0  # shorter, and whole: only a head can tell
+    assert main(["ledger", "verify", str(folder), "--head", head]) == 12
+    file.write_bytes(whole.replace(b"heart/record", b"heart/rekord"))
+    assert main(["ledger", "verify", str(folder), "--json"]) == 12
+    assert main(["ledger", "show", str(folder)]) == 12
+    assert main(["ledger", "verify", str(folder.parent / "nothing")]) == 12
+    assert main(["ledger", "verify", str(folder), "--head", str(file)]) == 12
+
+
+def test_an_auditor_gets_every_record(capsys, folder, tmp_path):
+    out = tmp_path / "out.json"
+    assert main(["ledger", "export", str(folder), "--out", str(out)]) == 0
+    capsys.readouterr()
+    document = json.loads(out.read_text())
+    assert [r["kind"] for r in document["records"]] == ["open", "budgets", "charge", "refusal"]
+    assert document["accounts"][0]["charges"] == 1
+    assert main(["ledger", "export", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out) == document
+    assert main(["ledger", "export", str(folder), "--out", str(tmp_path / "no" / "x")]) == 12
