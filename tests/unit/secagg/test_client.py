@@ -14,8 +14,7 @@ from fedlearn.errors import LocalProtocolError
 from fedlearn.secagg.breach import SecureAggregationError
 from fedlearn.secagg.client import EXPECTED, SECRETS, ClientRound, ClientState, Identity
 from fedlearn.secagg.messages import Roster
-from fedlearn.secagg.server import ServerRound, Stage
-from tests.support.secagg_world import SUBJECT, World, malicious
+from tests.support.secagg_world import World, malicious
 
 NAME = "site-000"
 
@@ -160,32 +159,3 @@ def test_fresh_keys_every_time():
     one, other = World(3, seed="one"), World(3, seed="other")
     a, b = one.clients[NAME].check_in(), other.clients[NAME].check_in()
     assert not {a.mask_key, a.transport_key, a.commitment} & {b.mask_key, b.transport_key, b.commitment}
-
-
-def test_the_server_repeats_itself_when_it_is_fed_the_same_again():
-    """What a coordinator needs to come back after a crash: the messages, nothing else."""
-    world = World(5).rostered()
-    kept = [{name: client._own for name, client in world.clients.items()}]
-    while world.out:
-        replies = {name: world.answer(name, message) for name, message in world.out.items() if name != "site-004"}
-        kept.append(replies)
-        for name, reply in replies.items():
-            world.server.receive(name, reply)
-        world.out = world.server.close()
-    again = ServerRound(world.terms, world.trust, SUBJECT)
-    for messages in kept:
-        for name, message in reversed(messages.items()):
-            again.receive(name, message)
-        again.close()
-    assert again.stage is Stage.OPENED
-    assert np.array_equal(again.total.integers, world.server.total.integers)
-
-
-def test_a_server_has_no_total_before_it_is_open_and_nothing_to_close_after():
-    world = World(3).masked()
-    with pytest.raises(LocalProtocolError, match="no total"):
-        _ = world.server.total
-    world.step()
-    assert world.server.total.weight == 3
-    with pytest.raises(LocalProtocolError, match="nothing to close"):
-        world.server.close()
