@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedlearn.errors import LocalProtocolError, StateError
 from fedlearn.release.journal import Changes, Journal, pack, unpack
 from fedlearn.release.keys import AttemptId, record_key
-from fedlearn.release.round import Attempt
+from fedlearn.release.round import Attempt, RoundState
 
 
 class RoundLog:
@@ -52,8 +52,11 @@ class RoundLog:
         return self._journal.get(self._place("commit", round_number))
 
     def opened(self, attempt: Attempt) -> None:
-        """A new attempt, before anyone is asked."""
-        self._move(attempt, {self._place("head"): pack({"at": attempt.key.at})})
+        """A new attempt, before anyone is asked. Of a committed one before it, the round's record is what stays."""
+        changes: dict[str, bytes | None] = {self._place("head"): pack({"at": attempt.key.at})}
+        if self._attempt is not None and self._attempt.state is RoundState.COMMITTED:
+            changes[self._place("attempt", *self._attempt.key.at)] = None  # rosters would pile up, a cohort a round
+        self._move(attempt, changes)
 
     def closed(self, attempt: Attempt) -> None:
         """The attempt with its survivors, before anything is unmasked."""

@@ -146,6 +146,15 @@ class TestOneRound:
         assert [run.machine.base_of(client) for client in ROSTER] == [FIRST, AttemptId(2, 1), AttemptId(2, 1)]
         assert [run.restart().base_of(client) for client in ROSTER] == [FIRST, AttemptId(2, 1), AttemptId(2, 1)]
 
+    def test_the_journal_keeps_no_roster_of_a_round_that_is_over(self, run: Run) -> None:
+        for _ in range(3):
+            run.begin()
+            run.send("a")
+            run.machine.close()
+            run.machine.commit(b"record")
+        assert len(list(run.journal.scan("attempt/"))) == 1
+        assert [run.restart().record(number) for number in (1, 2, 3)] == [b"record"] * 3
+
     def test_runs_in_one_journal_do_not_mix(self, run: Run) -> None:
         run.begin()
         run.send("a")
