@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import click
 import typer
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
     from fedlearn.simulation.profile import Profile
     from fedlearn.simulation.run import SimulationResult
+
+
+MOST_CLIENTS: Final = 50
+"""More clients than this are no table for a terminal; the run folder's history has them all."""
 
 
 def simulate(
@@ -109,7 +113,9 @@ def _simulate(study: str | None, folder: Path, json: bool, arguments: dict[str, 
         print(f"interrupted after round {kept}; {_how_to_go_on(folder, kept)}", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     except StateError as error:  # a full disk, for one: what was committed is there
-        raise StateError(error.message, hint=f"{error.hint}; {_how_to_go_on(folder, view.rounds_done)}") from None
+        if view.rounds_done:
+            error.hint = "; ".join(filter(None, [error.hint, _how_to_go_on(folder, view.rounds_done)]))
+        raise
     clients = view.evaluated.clients if view.evaluated is not None else {}
     if json:
         print_json(_report(result, folder, clients))
@@ -158,10 +164,6 @@ def _print_end(
         print(f"it was finished already, after {len(result.history)} rounds; --rounds N goes on to more")
     speed = f", {view.clients_per_s:.1f} clients/s" if done else ""
     print(f"{done} rounds in {result.seconds:.1f} s{speed}; model, history and plot are in {folder}")
-
-
-MOST_CLIENTS = 50
-"""More clients than this are no table for a terminal; the run folder's history has them all."""
 
 
 def _whole(value: float | None) -> int | None:

@@ -112,6 +112,7 @@ class Crew:
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={**os.environ, "PYTHONPATH": path},
+            process_group=0,  # Ctrl-C on a terminal is for the parent, which says what it means
         )
         worker = _Worker(process)
         self._workers.append(worker)
