@@ -9,6 +9,7 @@ import argparse
 import functools
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -111,16 +112,16 @@ def opacus(workload: Workload, rounds: int, watch: Watch) -> dict[str, np.ndarra
     return {name: t.numpy() for name, t in state.items()}
 
 
-def pfl(workload: Workload, rounds: int, watch: Watch, *, metrics: bool = False) -> dict[str, np.ndarray]:
-    """Apple's pfl: FedAvg on its simulated backend, clients' tensors in memory.
+def pfl(
+    workload: Workload, rounds: int, watch: Watch, *, metrics: bool = False, rule: str = "fedavg"
+) -> dict[str, np.ndarray]:
+    """Apple's pfl: a rule on its simulated backend, clients' tensors in memory.
 
     With `metrics`, each user's loss is evaluated before and after training in every round, which is how pfl gets the training loss that
     fedlearn always reports. Without, it trains and nothing else.
     """
     import torch
     from pfl.aggregate.simulate import SimulatedBackend
-    from pfl.algorithm.base import NNAlgorithmParams
-    from pfl.algorithm.federated_averaging import FederatedAveraging
     from pfl.callback.base import TrainingProcessCallback
     from pfl.data.federated_dataset import FederatedDataset
     from pfl.data.pytorch import PyTorchTensorDataset
@@ -157,8 +158,9 @@ def pfl(workload: Workload, rounds: int, watch: Watch, *, metrics: bool = False)
     if workload.clip_l2 is not None:
         steps = [CentrallyAppliedPrivacyMechanism(GaussianMechanism(workload.clip_l2, _noise(workload)))]
     data = FederatedDataset(user, lambda: next(queue))
-    FederatedAveraging().run(
-        NNAlgorithmParams(
+    algorithm, settings = _pfl_rule(rule, workload)
+    algorithm.run(
+        settings(
             central_num_iterations=rounds,
             evaluation_frequency=1 if metrics else 10**9,
             train_cohort_size=workload.cohort,
@@ -173,6 +175,30 @@ def pfl(workload: Workload, rounds: int, watch: Watch, *, metrics: bool = False)
     return {name: p.detach().numpy().copy() for name, p in module.named_parameters()}
 
 
+def _pfl_rule(rule: str, workload: Workload) -> tuple[Any, Callable[..., Any]]:
+    """The algorithm, and its parameters but for those that all have; states of clients on disk, where any number fits."""
+    import tempfile
+
+    from pfl.algorithm.base import NNAlgorithmParams
+    from pfl.algorithm.federated_averaging import FederatedAveraging
+    from pfl.algorithm.fedprox import FedProx, FedProxParams
+    from pfl.algorithm.scaffold import SCAFFOLD, SCAFFOLDParams
+    from pfl.data.user_state import DiskUserStateStorage
+
+    if rule == "fedprox":
+        return FedProx(), functools.partial(FedProxParams, mu=0.01)
+    if rule == "scaffold":
+        os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # pfl reads back what it pickled itself
+        states = DiskUserStateStorage(tempfile.mkdtemp(prefix="pfl-states-"))
+        return SCAFFOLD(), functools.partial(
+            SCAFFOLDParams,
+            population=workload.population,
+            use_gradient_as_control_variate=False,
+            user_state_storage=states,
+        )
+    return FederatedAveraging(), NNAlgorithmParams
+
+
 def _noise(workload: Workload) -> float:
     return 0.0 if QUIET else workload.noise_multiplier
 
@@ -180,13 +206,15 @@ def _noise(workload: Workload) -> float:
 QUIET = False
 """Without noise, so that final weights can be compared."""
 
+RULES = ("fedprox", "scaffold")
 CONTENDERS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
     "ours": ours,
     "sequential": lambda *a: ours(*a, backend="sequential"),
-    **{f"ours:{rule}": functools.partial(ours, strategy=rule) for rule in ("fedprox", "scaffold", "ditto")},
+    **{f"ours:{rule}": functools.partial(ours, strategy=rule) for rule in RULES},
     "loop": loop,
     "pfl": pfl,
-    "pfl+loss": lambda *a: pfl(*a, metrics=True),
+    "pfl+loss": functools.partial(pfl, metrics=True),
+    **{f"pfl:{rule}": functools.partial(pfl, rule=rule) for rule in RULES},
     "opacus": opacus,
     "flower200": lambda *a: flower(*a, nodes=200),
     "flower1000": lambda *a: flower(*a, nodes=1000),
