@@ -28,7 +28,7 @@ def test_killed_or_out_of_disk_at_any_moment_a_run_ends_with_the_same_bytes(tmp_
     runs = [json.loads(line) for line in done.stdout.splitlines()]
     assert [run["strategy"] for run in runs] == ["fedavg", "scaffold", "ditto"]
     for run in runs:
-        assert run["kills"] > 3
+        assert run["kills"] > 2
         assert run["killed"] == run["alone"]
         assert run["full"] == run["alone"]
         assert set(run["codes"][:-1]) == {12}, "a full disk is an error of its own, again and again"

@@ -25,7 +25,7 @@ from tests.support.tiny_task import tiny_study
 
 ROUNDS = 8
 LONGEST_S = 0.3
-MOST_KILLS = 7
+MOST_KILLS = 5
 
 
 def study_of(strategy: str) -> Study:
