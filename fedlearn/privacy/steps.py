@@ -54,7 +54,7 @@ class NoisySteps:
             )
         if rows < 1:
             raise DataError("DP-SGD: no training rows", hint="a site without data takes no part in the run")
-        self.plan = plan
+        self.rows, self.plan = rows, plan
         self._chance, self._rate, self._denominator = chance, plan.sampling.rate, denominator(plan)
         self._groups = _members(rows, groups) if plan.unit is Unit.GROUP else None
         self._units = rows if self._groups is None else len(self._groups)

@@ -1,7 +1,8 @@
 """Fully connected nets, many clients at a time: stacked matrices, with the backward pass written out.
 
 For small nets a step is all overhead. One batched product a layer serves every client of the block, and writing the backward pass out
-spares autograd's graph: only the task's loss, a function of the outputs, is differentiated by torch.
+spares autograd's graph: only the task's loss, a function of the outputs, is differentiated by torch. It also brings out what enters a
+layer and the gradient of what leaves it, of which DP-SGD's clipped sums are made (`clipped.py`).
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from fedlearn.errors import UnsupportedError
 from fedlearn.learning.local import trainable
 from fedlearn.simulation.blocks import Layout, Stacked, StackedOptimizer, turn
 from fedlearn.simulation.chain import Chain
+from fedlearn.simulation.clipped import Factors, clip
+from fedlearn.simulation.drawn import Drawn, PrivateStacked
 from fedlearn.simulation.general import shares
 from fedlearn.simulation.gradients import loss_gradient
 from fedlearn.simulation.layers import FUNCTIONS, Activation, Affine, Flatten, Kind, Linear
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator, Sequence
 
     from fedlearn.learning.strategy import Direction, Tensors
     from fedlearn.learning.task import Task
+    from fedlearn.privacy.steps import NoisySteps
     from fedlearn.simulation.blocks import Block, StepPlan
     from fedlearn.study import TrainTable
 
@@ -53,10 +57,8 @@ class DenseTrainer:
         self._layers = tuple(layer for layer in chain.layers if isinstance(layer, Linear | Activation | Affine))
 
     def run(self, initial: Tensors, direction: Direction | None, block: Block, plan: StepPlan) -> Stacked:
-        x, y = block.tensors(self._device, self._dtype)
-        x = x if self._flat else x.flatten(1)
-        weights = torch.empty(len(block.clients), self.layout.size, dtype=self._dtype, device=self._device)
-        self.layout.fill(weights, initial)
+        x, y = self._rows(block)
+        weights = self._start(initial, len(block.clients))
         train = self._train
         # Plain SGD needs no gradient but for the moment in which a layer's own is known.
         direct = direction is None and train.optimizer == "sgd" and not (train.momentum or train.weight_decay)
@@ -69,50 +71,98 @@ class DenseTrainer:
             share = shares(plan.sizes[:k, step], rows.shape[1], self._dtype, self._device)
             now = self.layout.views(weights[:k])
             found = now if direct else self.layout.views(gradient[:k])
-
-            def take(name: str, value: torch.Tensor, found: Tensors = found) -> None:
-                if direct:
-                    found[name].sub_(value, alpha=train.lr)
-                else:
-                    found[name].copy_(value)  # computed in one piece: a product into a row's slice is twice as slow
-
-            losses = self._backward(x[rows], y[rows], share, now, take)
+            losses, factors = self._backward(x[rows], y[rows], share, now)
+            for one in factors:
+                for name, value in one.sums().items():
+                    if direct:
+                        found[name].sub_(value, alpha=train.lr)
+                    else:
+                        found[name].copy_(value)  # computed in one piece: a product into a row's slice is twice as slow
             if not direct:
                 turn(direction, self.layout, gradient, weights, k)
                 optimizer.step(weights[:k], gradient[:k])
             loss_sums[:k] += (losses.double() * (share > 0)).sum(1)
         return Stacked(weights, loss_sums.cpu().numpy(), np.sum(plan.sizes, axis=1))
 
-    def _backward(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        share: torch.Tensor,
-        weights: Tensors,
-        take: Callable[[str, torch.Tensor], None],
-    ) -> torch.Tensor:
-        """Hand every client's gradient to `take`, a parameter at a time, once its weights are no longer needed.
+    def run_private(self, initial: Tensors, block: Block, sites: Sequence[NoisySteps]) -> PrivateStacked:
+        """DP-SGD for every client of a block, as `privacy.dpsgd.DpSgd` does it for one.
 
-        Returns:
-            The losses, shape (clients, batch).
+        It makes no claim: whoever makes the sites knows whether their chance is secret, and what their plans cost.
+
+        Args:
+            initial: weights before the first step, by name, with or without a leading client dimension.
+            block: who, with their rows.
+            sites: each client's batches and noise, in the block's order. A site takes its plan's steps; they must not rise along the block.
+
+        Raises:
+            ValueError: the sites are not the block's, or their steps rise.
+        """
+        steps = np.array([site.plan.steps for site in sites])
+        if [site.rows for site in sites] != block.counts.tolist() or (np.diff(steps) > 0).any():
+            raise ValueError(
+                "sites: expected one for each client of the block, with its rows, in the order of falling steps"
+            )
+        x, y = self._rows(block)
+        weights = self._start(initial, len(sites))
+        optimizer = StackedOptimizer(self._train, weights)
+        gradient = torch.zeros_like(weights)
+        loss_sums, loss_counts = np.zeros(len(sites)), np.zeros(len(sites), dtype=np.int64)
+        first = np.cumsum(block.counts) - block.counts
+        for step in range(int(steps[0])):
+            k = int((steps > step).sum())
+            drawn, sums = Drawn.of(sites[:k], first[:k]), gradient[:k]
+            rows, inside = (torch.from_numpy(a).to(self._device) for a in (drawn.rows, drawn.inside))
+            clips = torch.tensor([site.clip_l2 for site in sites[:k]], dtype=self._dtype, device=self._device)
+            now = self.layout.views(weights[:k])
+            losses, factors = self._backward(x[rows], y[rows], inside.to(self._dtype), now)
+            clipped = clip(list(factors), losses, inside, clips)
+            self.layout.fill(sums, clipped.sums)
+            loss_sums[:k] += clipped.loss_sums
+            loss_counts[:k] += clipped.counts
+            not_finite = drawn.sizes - clipped.counts
+            here = sums.cpu()
+            for i, site in enumerate(sites[:k]):
+                site.release([here[i].numpy()], unclipped=int(clipped.unclipped[i]), not_finite=int(not_finite[i]))
+            sums.copy_(here)
+            optimizer.step(weights[:k], sums)
+        return PrivateStacked(weights, loss_sums, loss_counts, tuple(site.tally for site in sites))
+
+    def _rows(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = block.tensors(self._device, self._dtype)
+        return (x if self._flat else x.flatten(1)), y
+
+    def _start(self, initial: Tensors, clients: int) -> torch.Tensor:
+        weights = torch.empty(clients, self.layout.size, dtype=self._dtype, device=self._device)
+        self.layout.fill(weights, initial)
+        return weights
+
+    def _backward(
+        self, x: torch.Tensor, y: torch.Tensor, share: torch.Tensor, weights: Tensors
+    ) -> tuple[torch.Tensor, Iterator[Factors]]:
+        """The losses, shape (clients, batch), and what each linear layer's gradients are made of, last layer first.
+
+        Args:
+            x: shape (clients, batch, features).
+            y: labels, shape (clients, batch, ...).
+            share: each example's weight in the loss, shape (clients, batch).
+            weights: every client's; a layer's are not needed any more once its factors are out.
         """
         values = self._forward(x, weights)
         outputs = values[-1]
         losses, slope = loss_gradient(self._task, outputs.flatten(0, 1), y.flatten(0, 1), share.flatten())
-        back = slope.view_as(outputs)
+        return losses.view_as(share), self._factors(values, slope.view_as(outputs), weights)
+
+    def _factors(self, values: list[torch.Tensor], back: torch.Tensor, weights: Tensors) -> Iterator[Factors]:
         for i in range(len(self._layers) - 1, -1, -1):
             layer, entered = self._layers[i], values[i]
             if isinstance(layer, Linear):
                 before = torch.bmm(back, weights[layer.weight]) if i else back
-                take(layer.weight, torch.bmm(back.transpose(1, 2), entered))
-                if layer.bias is not None:
-                    take(layer.bias, back.sum(1))
+                yield Factors(layer, entered, back)
                 back = before
             elif isinstance(layer, Affine):
                 back = back * layer.scale
             else:
                 back = _through(layer.kind, back, entered, values[i + 1])
-        return losses.view_as(share)
 
     def _forward(self, x: torch.Tensor, weights: Tensors) -> list[torch.Tensor]:
         """What enters each layer, and the outputs."""
