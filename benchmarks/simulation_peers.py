@@ -189,7 +189,9 @@ def _pfl_rule(rule: str, workload: Workload) -> tuple[Any, Callable[..., Any]]:
         return FedProx(), functools.partial(FedProxParams, mu=0.01)
     if rule == "scaffold":
         os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # pfl reads back what it pickled itself
-        states = DiskUserStateStorage(tempfile.mkdtemp(prefix="pfl-states-"))
+        folder = tempfile.TemporaryDirectory(prefix="pfl-states-")
+        states = DiskUserStateStorage(folder.name)
+        states.folder = folder  # gone with it
         return SCAFFOLD(), functools.partial(
             SCAFFOLDParams,
             population=workload.population,
