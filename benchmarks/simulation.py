@@ -91,7 +91,7 @@ class Runner:
             "pfl": ("import pfl.privacy", "see --pfl-path"),
             "opacus": ("import opacus", "pip install opacus"),
             "flower": ("import ray, flwr, torch, fedlearn", "see --flower-python"),
-        }.get(_family(contender), ("", ""))
+        }.get(contender, ("", ""))
         if not check or self._start([*self._python(contender), "-c", check], contender).returncode == 0:
             return ""
         return f"{contender}: not installed; {how} (python -m benchmarks.simulation --help)"
@@ -287,14 +287,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         runner = Runner(arguments, Path(name))
         wanted = {c for w in PEERS.values() for c in w if _family(c) in arguments.peers}
-        absent = {c: why for c in sorted(wanted) if (why := runner.missing(c))}
+        absent = {name: why for name in sorted({_family(c) for c in wanted}) if (why := runner.missing(name))}
         for why in absent.values():
             print(why, file=sys.stderr)
         limit = max(runner.run("gflops", "W1", 1)[0]["gflops"] for _ in range(3))
         scores: dict[str, dict[str, Score]] = {}
         agree: dict[str, dict[str, float]] = {}
         for workload in arguments.workloads:
-            peers = [c for c in PEERS[workload] if c in wanted and c not in absent]
+            peers = [c for c in PEERS[workload] if c in wanted and _family(c) not in absent]
             own = [] if workload == "W3b" else ["ours", *(f"ours:{rule}" for rule in RULES.get(workload, ()))]
             scores[workload] = measure(runner, workload, [*own, *peers], arguments.turns)
             if own:

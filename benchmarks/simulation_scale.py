@@ -146,10 +146,12 @@ def figure(found: dict[str, list[tuple[Size, dict]]], path: Path) -> None:
             panel.set_xscale("log")
             panel.set_xlabel("parameters" if axis == "model" else axis)
             panel.set_ylabel(label)
+            highest = max(point[key] for points in found.values() for _, point in points)
             if key == "cpu_s":
                 panel.set_yscale("log")
+                panel.set_ylim(1e-3, 2 * highest)
             else:
-                panel.set_ylim(0)
+                panel.set_ylim(0, 1.1 * highest)
             panel.spines[["top", "right"]].set_visible(False)
     sheet.savefig(path, dpi=90)
 
