@@ -5,24 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn
+    from rich.progress import Progress
 
 
-def plain_progress(*columns: ProgressColumn | str) -> Progress:
-    """A bar on standard error with the time that has gone and the time that is left, and what is in its tasks' field `note`.
-
-    Args:
-        columns: shown between the bar and the times.
-    """
+def plain_progress() -> Progress:
+    """A bar on standard error, what is in its tasks' field `note`, the time that has gone and the time that is left."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
-        *columns,
+        BarColumn(bar_width=20),
         TextColumn("{task.fields[note]}"),
-        TextColumn("elapsed"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
