@@ -45,7 +45,8 @@ def print_groups(runs: SideBySide) -> None:
     """One row a group, what it differs in first."""
     rows = runs.table()
     header = [_words(name, runs.metric) for name in rows[0]]
-    print_table([[_shown(value) for value in row.values()] for row in rows], header)
+    values = [[_shown(value) if name in runs.keys else value for name, value in row.items()] for row in rows]
+    print_table(values, header)
 
 
 def save_plot(runs: SideBySide, path: Path, title: str) -> None:
@@ -70,4 +71,7 @@ def _words(name: str, metric: str) -> str:
 
 
 def _shown(value: Any) -> Any:
-    return ", ".join(map(str, value)) if isinstance(value, list) else value
+    """A key's value: 1e-05 is not 0.0000."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else value

@@ -16,7 +16,7 @@ from fedlearn.cli.interrupt import Interrupts
 from fedlearn.cli.options import AppFolder, BackendName, Data, Debug, Device, Json, Overrides, Rounds
 from fedlearn.cli.output import print_json
 from fedlearn.cli.progress import duration, plain_progress
-from fedlearn.errors import INTERRUPTED_EXIT_CODE, RunFailedError
+from fedlearn.errors import INTERRUPTED_EXIT_CODE, DataError, RunFailedError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -154,7 +154,11 @@ def _end(sweep: Sweep, base: Study, axes: list[Axis], json: bool) -> None:
 
     done = [state for state in sweep.states if state.status is CellStatus.FINISHED]
     read = [Run.read(state.folder) for state in done]
-    runs = SideBySide.of(read) if read else None
+    try:
+        runs = SideBySide.of(read) if read else None
+    except DataError as error:  # a grid over tasks, say: each result stands for itself
+        runs = None
+        print(f"note: no table: {error.message}", file=sys.stderr)
     scores = {str(state.folder): run.last(run.metric) for state, run in zip(done, read, strict=True)}
     report = {
         "study": base.name,
