@@ -38,11 +38,12 @@ def bob_is_in(request):
     return found
 
 
+@pytest.mark.parametrize("backend", ["sequential", "batched"])
 @pytest.mark.parametrize(("where", "error"), [("loss", "ZeroDivisionError"), ("prepare", "KeyError")])
-def test_the_others_go_on_and_the_client_is_described(where, error, bob_is_in, tmp_path):
+def test_the_others_go_on_and_the_client_is_described(backend, where, error, bob_is_in, tmp_path):
     seen, told = [], []
     study = raising(where, f"data.fold={bob_is_in['train']}")
-    result = fedlearn.simulate(study, out=tmp_path, backend=BACKEND, emit=seen.append, told=told.append)
+    result = fedlearn.simulate(study, out=tmp_path, backend=backend, emit=seen.append, told=told.append)
     assert result.history.column("clients") == [3, 3, 3]
     dropped = [event for event in seen if isinstance(event, events.ClientDropped)]
     assert {event.client for event in dropped} == {"bob"}
