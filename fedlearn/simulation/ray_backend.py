@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from fedlearn.errors import RunFailedError, UnsupportedError
+from fedlearn.errors import FedlearnError, RunFailedError, UnsupportedError
+from fedlearn.learning.backend import Failed
 from fedlearn.learning.memory import Memories, MemoriesInRam
 from fedlearn.learning.strategy import Strategy
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from fedlearn.arrays import Arrays
-    from fedlearn.learning.backend import Failed, Fitted, Scored, Summed, Work
+    from fedlearn.learning.backend import Base, Fitted, Scored, Summed, Work
     from fedlearn.learning.task import Population
     from fedlearn.simulation.plan import TrainingPlan
     from fedlearn.study import Study
@@ -77,11 +78,9 @@ class RayBackend:
         self._planner = BatchedBackend(study, population, strategy, device, 1)
         self._owned = _connect(self._ray, address, None if workers is None else workers * study.runtime.threads)
         cpus = int(self._ray.cluster_resources().get("CPU", 1))
-        needs = {"num_cpus": study.runtime.threads, "num_gpus": 0 if str(device) == "cpu" else 1}
-        self._actors = Actors(
-            self._ray, self._setup(str(device)), workers or max(1, cpus // study.runtime.threads), needs
-        )
-        self._stateful_model = type(strategy).client_model is not Strategy.client_model
+        place = str(device).partition(":")[0]  # Ray shows an actor its own device, whose number is 0
+        needs = {"num_cpus": study.runtime.threads, "num_gpus": 0 if place == "cpu" else 1}
+        self._actors = Actors(self._ray, self._setup(place), workers or max(1, cpus // study.runtime.threads), needs)
 
     @property
     def lost(self) -> int:
@@ -100,29 +99,36 @@ class RayBackend:
         shared = self._ray.put(_light(work))
         settled = self._ray.put(plan)
 
+        read = self._memories.at if self._strategy.stateful else None
+        without: dict[str, Failed] = {}
+
         def begin(worker: Any, clients: tuple[str, ...]) -> Any:
-            stateful = self._strategy.stateful
-            states = {c: self._memories.at(c, work.base.get(c)) for c in clients} if stateful else {}
-            return worker.fit.remote(settled, shared, clients, _known(states))
+            states = _states(clients, work, read, without)
+            return worker.fit.remote(settled, shared, [c for c in clients if c not in without], states)
 
         most = plan.block if self._strategy.stateful else MOST_CLIENTS
         for replies, kept in self._actors.run(begin, self._spans(work.cohort, plan.block, most)):
             for client, made, state in kept:
                 self._memories.keep(client, made, state)
             yield from replies
+        yield from without.values()
 
     def evaluate(self, work: Work) -> Iterator[Scored | Failed]:
         from fedlearn.simulation.batched import SCORED_TOGETHER
 
         shared = self._ray.put(_light(work))
 
+        personal = type(self._strategy).client_model is not Strategy.client_model
+        read = self._memories.peek if personal else None
+        without: dict[str, Failed] = {}
+
         def begin(worker: Any, clients: tuple[str, ...]) -> Any:
-            own = self._strategy.stateful and self._stateful_model
-            states = {c: self._memories.peek(c, work.base.get(c)) for c in clients} if own else {}
-            return worker.evaluate.remote(shared, clients, _known(states))
+            states = _states(clients, work, read, without)
+            return worker.evaluate.remote(shared, [c for c in clients if c not in without], states)
 
         for replies in self._actors.run(begin, self._spans(work.cohort, SCORED_TOGETHER, MOST_CLIENTS)):
             yield from replies
+        yield from without.values()
 
     def close(self) -> None:
         self._actors.close()
@@ -290,7 +296,8 @@ def _connect(ray: Any, address: str | None, cpus: int | None) -> bool:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is None:
-            ray.init(num_cpus=cpus or len(os.sched_getaffinity(0)), include_dashboard=False, **quiet)
+            # Without "local" Ray would join whatever cluster was last started on this machine.
+            ray.init("local", num_cpus=cpus or len(os.sched_getaffinity(0)), include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -306,5 +313,19 @@ def _light(work: Work) -> Work:
     return replace(work, cohort=(), base={})
 
 
-def _known(states: Mapping[str, Arrays]) -> dict[str, Arrays]:
+def _states(
+    clients: Sequence[str],
+    work: Work,
+    read: Callable[[str, Base | None], Arrays] | None,
+    without: dict[str, Failed],
+) -> dict[str, Arrays]:
+    """The memories of those clients that have one; who should have one and has not goes into `without`."""
+    states: dict[str, Arrays] = {}
+    if read is None:
+        return states
+    for client in clients:
+        try:
+            states[client] = read(client, work.base.get(client))
+        except FedlearnError as error:
+            without[client] = Failed(client, error.message)
     return {client: state for client, state in states.items() if state}

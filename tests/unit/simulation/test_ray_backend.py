@@ -13,6 +13,7 @@ from fedlearn.app import load_app
 from fedlearn.arrays import digest
 from fedlearn.data.population import build_population
 from fedlearn.errors import RunFailedError, UnsupportedError
+from fedlearn.learning.backend import Failed, Summed, Work
 from fedlearn.learning.federation import Federation
 from fedlearn.learning.local import initial_weights
 from fedlearn.release.journal import DictJournal
@@ -32,7 +33,7 @@ pytestmark = [
 def ray():
     module = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fedlearn[ray]'")
     import_ray()
-    module.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    module.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield module
     module.shutdown()
 
@@ -58,6 +59,15 @@ def everything(outcome):
     state = outcome.state
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in outcome.history]
     return digest(state.model), digest(state.shared), digest(state.memory), rows
+
+
+def test_an_address_without_a_cluster_is_named():
+    pytest.importorskip("ray")  # first of this file: none has been started in this process
+    study = crowd()
+    population = build_population(study, load_task(study.task.name, study.task.options))
+    strategy = load_app().strategy("fedavg", {})
+    with pytest.raises(RunFailedError, match="no cluster at"):
+        RayBackend(study, population, strategy, address="auto")
 
 
 @pytest.mark.slow
@@ -127,25 +137,12 @@ def test_without_ray_the_reason_is_told(monkeypatch):
     assert "fedlearn[ray]" in error.value.hint
 
 
-def test_an_address_without_a_cluster_is_named():
-    module = pytest.importorskip("ray")
-    if module.is_initialized():
-        pytest.skip("a Ray runs in this process")
-    study = crowd()
-    population = build_population(study, load_task(study.task.name, study.task.options))
-    strategy = load_app().strategy("fedavg", {})
-    with pytest.raises(RunFailedError, match="no cluster at"):
-        RayBackend(study, population, strategy, address="auto")
-
-
 @pytest.mark.slow
 def test_a_reply_that_nobody_waits_for_leaves_the_workers_usable(ray):
     study = crowd()
     population = build_population(study, load_task(study.task.name, study.task.options))
     strategy = load_app().strategy("fedavg", {})
     backend = RayBackend(study, population, strategy, workers=2)
-    from fedlearn.learning.backend import Work
-
     model = initial_weights(population.task, study)
     work = Work(1, 1, tuple(population.client_ids), model, {}, digest(model), {}, 5.0)
     replies = backend.fit(work)
@@ -166,3 +163,19 @@ def test_simulate_takes_it_by_name(ray):
     study = crowd("task.options.hidden=4", "rounds=2")
     got, expected = simulate(study, backend="ray", workers=1), simulate(study, backend="batched", workers=2)
     assert digest(got.weights) == digest(expected.weights)
+
+
+@pytest.mark.slow
+def test_a_client_without_its_memory_fails_alone(ray):
+    study = crowd("strategy.name=scaffold")
+    population = build_population(study, load_task(study.task.name, study.task.options))
+    strategy = load_app().strategy("scaffold", {})
+    backend = RayBackend(study, population, strategy, workers=1)
+    model = initial_weights(population.task, study)
+    shared = strategy.server_init(model).shared
+    ids = tuple(population.client_ids)
+    work = Work(2, 1, ids, model, shared, digest(model), {ids[3]: (1, 1)}, 5.0)
+    replies = list(backend.fit(work))
+    backend.close()
+    assert [r.client for r in replies if isinstance(r, Failed)] == [ids[3]]
+    assert {c for r in replies if isinstance(r, Summed) for c in r.partial.examples} == {*ids} - {ids[3]}
