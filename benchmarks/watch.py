@@ -56,15 +56,18 @@ def family() -> list[int]:
     return sorted(mine)
 
 
+def cpu_s_of(pid: int) -> float:
+    """User and system time of a process, and of its children that were waited for; 0 where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(int(f) for f in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
 def family_cpu_s() -> float:
-    ticks = 0
-    for pid in family():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        ticks += sum(int(f) for f in fields[11:15])  # user and system time, own and of children waited for
-    return ticks / os.sysconf("SC_CLK_TCK")
+    """Of this process and all that descend from it."""
+    return sum(map(cpu_s_of, family()))
 
 
 def gflops() -> float:
