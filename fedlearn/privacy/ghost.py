@@ -132,9 +132,10 @@ class GhostGradients:
                 layer.inputs, layer.edges = [], []
 
     def _sum(self, losses: torch.Tensor, clip_l2: float) -> ClippedSum:
+        one, truth = self._one_by_itself(losses)
         used = [layer for layer in self._layers if layer.edges]
         edges = [edge for layer in used for edge in layer.edges]
-        found = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True, retain_graph=True) if edges else ())
+        found = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True) if edges else ())
         pairs = [(layer, layer.factors([next(found) for _ in layer.edges])) for layer in used]
         caught = [(layer, pair) for layer, pair in pairs if pair is not None]
         for layer, (a, g) in caught:
@@ -152,28 +153,33 @@ class GhostGradients:
                 prepared = [layer.prepare(_only(a, good), _only(g, good)) for layer, (a, g) in caught]
 
             def weighted(factors: torch.Tensor) -> Gradients:
-                sums = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+                sums: Gradients = {}
                 for (layer, _), (_, of_layer) in zip(caught, prepared, strict=True):
                     sums |= {layer.names[n]: value for n, value in of_layer(factors).items() if n in layer.names}
-                return sums
+                return {
+                    name: sums[name] if name in sums else torch.zeros_like(p) for name, p in self._parameters.items()
+                }
 
-            self._check(losses, good, weighted)
+            if truth and bool(good[one]):
+                self._compare(weighted(nn.functional.one_hot(torch.tensor(one), len(losses)).to(losses)), truth)
             norms = squared.clamp_min(0).sqrt()
             factors = torch.where(good, (clip_l2 / norms).clamp(max=1.0), torch.zeros_like(norms))
             sums = weighted(factors)
         count = int(good.sum())
         return ClippedSum(sums, count, len(losses) - count, int(((norms <= clip_l2) & good).sum()))
 
-    def _check(self, losses: torch.Tensor, good: torch.Tensor, weighted: Callable[[torch.Tensor], Gradients]) -> None:
-        """Compare one example of the first batch with its own backward pass."""
-        if self._checked or not bool(good.any()):
-            return
-        one = int(good.nonzero()[0])
-        with torch.enable_grad():
-            truth = torch.autograd.grad(
-                losses[one], list(self._parameters.values()), allow_unused=True, materialize_grads=True
-            )
-        ours = weighted(nn.functional.one_hot(torch.tensor(one), len(losses)).to(losses))
+    def _one_by_itself(self, losses: torch.Tensor) -> tuple[int, Sequence[torch.Tensor]]:
+        """An example of the first batch, and its gradients by a backward pass of its own; none when that is done."""
+        finite = torch.isfinite(losses.detach()).nonzero()
+        if self._checked or not len(finite):
+            return 0, ()
+        one = int(finite[0])
+        found = torch.autograd.grad(
+            losses[one], list(self._parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return one, found
+
+    def _compare(self, ours: Gradients, truth: Sequence[torch.Tensor]) -> None:
         scale = float(torch.stack([value.norm() for value in truth]).norm())
         for name, value in zip(self._parameters, truth, strict=True):
             if float((ours[name] - value).norm()) > _CHECK_TOLERANCE * (scale + 1e-6):
