@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fedlearn.privacy.mechanisms import Chance
 
 IntArray = npt.NDArray[np.int64]
+AHEAD: Final = 1 << 15
+"""Numbers that are drawn at once, for several steps: a call for every step of every small client would cost more than the drawing."""
 
 
 @dataclass
@@ -59,13 +61,18 @@ class NoisySteps:
         self._groups = _members(rows, groups) if plan.unit is Unit.GROUP else None
         self._units = rows if self._groups is None else len(self._groups)
         self._drawn = 0
+        self._coins = np.empty((0, self._units), dtype=np.bool_)
+        self._normals = np.empty((0, 0))
         clipping = plan.clipping
         self.clip_l2 = clipping.clip_l2 if isinstance(clipping, FixedClip) else clipping.initial_l2
         self.tally = Tally()
 
     def draw(self) -> IntArray:
         """A batch: every unit by a coin of its own; of a group, one of its rows."""
-        units = np.flatnonzero(self._chance.coins(self._units, self._rate))
+        if not len(self._coins):
+            steps = self._ahead(self._units)
+            self._coins = self._chance.coins(steps * self._units, self._rate).reshape(steps, self._units)
+        units, self._coins = np.flatnonzero(self._coins[0]), self._coins[1:]
         self._drawn = len(units)
         if self._groups is None:
             return units
@@ -82,7 +89,7 @@ class NoisySteps:
             unclipped: examples whose gradient was within `clip_l2`.
             not_finite: examples that contributed zero because a number was not finite.
         """
-        self._chance.add_normals(sums, self.plan.sum_noise_multiplier * self.clip_l2)
+        self._add_noise(sums, self.plan.sum_noise_multiplier * self.clip_l2)
         for array in sums:
             np.divide(array, self._denominator, out=array)
         self.tally.steps += 1
@@ -91,6 +98,25 @@ class NoisySteps:
         self.tally.not_finite += not_finite
         if isinstance(self.plan.clipping, AdaptiveClip):
             self.clip_l2 = next_clip(self.plan, self.plan.clipping, self.clip_l2, unclipped, self._drawn, self._chance)
+
+    def _ahead(self, numbers: int) -> int:
+        """For how many steps to draw, each of which takes so many numbers."""
+        return min(self.plan.steps, max(1, AHEAD // numbers))
+
+    def _add_noise(self, sums: Sequence[npt.NDArray[Any]], std: float) -> None:
+        size, dtype = sum(array.size for array in sums), sums[0].dtype
+        steps = self._ahead(size)
+        if steps == 1:
+            self._chance.add_normals(sums, std)
+            return
+        if self._normals.shape[1:] != (size,) or self._normals.dtype != dtype or not len(self._normals):
+            self._normals = self._chance.normal(steps * size, dtype=dtype).reshape(steps, size)
+        noise, self._normals = self._normals[0], self._normals[1:]
+        noise *= dtype.type(std)
+        first = 0
+        for array in sums:
+            np.add(array, noise[first : first + array.size].reshape(array.shape), out=array)
+            first += array.size
 
 
 def _members(rows: int, groups: npt.NDArray[Any] | None) -> list[IntArray]:
