@@ -47,21 +47,24 @@ class Chain:
         return x
 
     def shapes(self, model: nn.Module, example: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Shape of one example after each layer, without the batch's dimension; computes nothing.
+        """Shape of one example after each layer, without the batch's dimension.
 
         Args:
-            model: gives the parameters' shapes.
+            model: gives the parameters.
             example: shape of one example as it goes in.
 
         Raises:
             RuntimeError, ValueError: examples of that shape do not fit the layers.
         """
-        weights = {name: torch.empty_like(p, device="meta") for name, p in trainable(model).items()}
-        x = torch.empty((2, *example), dtype=next(iter(weights.values())).dtype, device="meta")
+        weights = trainable(model)
+        first = next(iter(weights.values()))
         found = []
-        for layer in self.layers:
-            x = layer.forward(x, weights)
-            found.append(tuple(x.shape[1:]))
+        # One real example: torch's tensors without data would load a second's worth of its compiler.
+        x = torch.zeros(1, *example, dtype=first.dtype, device=first.device)
+        with torch.no_grad():
+            for layer in self.layers:
+                x = layer.forward(x, weights)
+                found.append(tuple(x.shape[1:]))
         return tuple(found)
 
 

@@ -52,10 +52,10 @@ class ConvTrainer:
         self.layout = Layout.of(parameters)
         self._task, self._train, self._dtype = task, train, first.dtype
         self._layers = pool_first(chain.layers)
-        _keep_freed_memory()
 
     @torch.no_grad()
     def run(self, initial: Tensors, direction: Direction | None, block: Block, plan: StepPlan) -> Stacked:
+        _keep_freed_memory()
         rows = Rows.of(block, self._dtype)
         weights = torch.empty(len(block.clients), self.layout.size, dtype=self._dtype)
         same_start = all(initial[name].shape == shape for name, shape in self.layout.shapes.items())

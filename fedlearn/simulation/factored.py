@@ -162,6 +162,18 @@ class FactoredLinear:
         return self._past(self._backs, client) * torch.from_numpy(each).to(self._weight.dtype)[:, None]
 
 
+class ChannelsLast(Layout):
+    """A layout in which weights of convolutions lie in memory as oneDNN wants them beside images with their channels last."""
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        views = super().views(flat)
+        for name, shape in self.shapes.items():
+            if len(shape) == 4:
+                out, channels, height, width = shape
+                views[name] = views[name].view(*flat.shape[:-1], out, height, width, channels).movedim(-1, -3)
+        return views
+
+
 def wide_layers(layers: Sequence[Layer], layout: Layout, rank: int) -> frozenset[str]:
     """Names of the matrices for which thin products of a rank cost less than the matrix itself."""
     matrices = {layer.weight: layout.shapes[layer.weight] for layer in layers if isinstance(layer, Linear)}
@@ -199,7 +211,7 @@ class FactoredCohort:
         self._wide = {name: FactoredLinear(initial[name], course, plan.sizes, parts[name]) for name in wide}
         self._segments = _segments(layers, wide)
         start = {name: tensor for name, tensor in initial.items() if name not in wide}
-        self._layout = Layout.of(start)
+        self._layout = ChannelsLast.of(start)
         self._first = torch.empty(self._layout.size, dtype=next(iter(initial.values())).dtype)
         self._layout.fill(self._first, start)
         self._own = self._first.repeat(len(plan.steps), 1)

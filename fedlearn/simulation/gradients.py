@@ -137,7 +137,7 @@ def forward(layer: Layer, x: Tensor, weights: Weights) -> tuple[Tensor, Saved]:
             y, indices = functional.max_pool2d_with_indices(
                 x, layer.kernel, layer.stride, layer.padding, layer.dilation, layer.ceil_mode
             )
-            return y, (x, indices)
+            return y, (x.shape, x.stride(), indices)
         case GroupNorm():
             batch, channels = x.shape[:2]
             cells = x[0, 0].numel()
@@ -235,7 +235,9 @@ def _without_parameters(layer: Layer, g: Tensor, saved: Saved) -> Tensor:
     result: Tensor
     match layer:
         case MaxPool():
-            x, indices = saved
+            # Of what went in, the operator only wants to know how it lay in memory; keeping it would fill the cache.
+            shape, stride, indices = saved
+            x = g.new_empty_strided(shape, stride)
             result = _ATEN.max_pool2d_with_indices_backward(
                 g, x, layer.kernel, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, indices
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -15,6 +16,7 @@ from fedlearn.simulation.blocks import Block, StepPlan
 from fedlearn.simulation.chain import Chain, NotAChain, chain_of
 from fedlearn.simulation.dense import DenseTrainer, is_dense
 from fedlearn.simulation.general import GeneralTrainer
+from fedlearn.simulation.layers import Linear
 from fedlearn.simulation.single import SingleTrainer
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class Way(StrEnum):
 
 STACK_BYTES: Final = 128 * 1024**2
 """What the stacked weights, gradients and optimiser state of one block may take."""
-MOST_CLIENTS: Final = {Way.DENSE: 100, Way.CONVOLUTION: 10, Way.GENERAL: 32}
+MOST_CLIENTS: Final = {Way.DENSE: 100, Way.CONVOLUTION: 16, Way.GENERAL: 32}
 """Clients of a block; measured in benchmarks/results/simulation.md."""
 COPIES: Final = 6
 """Stacks of the weights' size that a block needs at most: weights, gradient, two moments, one temporary, the delta."""
@@ -97,8 +99,11 @@ def plan_training(
     if isinstance(chain, Chain) and is_dense(chain):
         return _plan(Way.DENSE, model, "linear layers and element-wise functions: stacked, own backward pass", chain)
     if isinstance(chain, Chain) and device.type == "cpu":
-        reason, copies = "a chain with convolutions on a CPU: client by client, fused", 1 if sums_only else COPIES
-        return _plan(Way.CONVOLUTION, model, reason, chain, copies)
+        each = _convolution_bytes(chain, model, study, example, sums_only=sums_only)
+        block = max(1, min(MOST_CLIENTS[Way.CONVOLUTION], STACK_BYTES // each))
+        return TrainingPlan(
+            Way.CONVOLUTION, block, "a chain with convolutions on a CPU: client by client, fused", chain
+        )
     count = sum(p.numel() for p in trainable(model).values())
     if device.type == "cpu" and count > VMAP_PARAMETERS:
         return TrainingPlan(Way.SINGLE, 1, f"{count} parameters: a client by itself keeps a CPU core busy")
@@ -108,12 +113,23 @@ def plan_training(
     return _plan(Way.GENERAL, model, chain.reason if isinstance(chain, NotAChain) else f"convolutions on {device}")
 
 
-def _plan(
-    way: Way, model: torch.nn.Module, reason: str, chain: Chain | None = None, copies: int = COPIES
-) -> TrainingPlan:
+def _plan(way: Way, model: torch.nn.Module, reason: str, chain: Chain | None = None) -> TrainingPlan:
     row = sum(p.numel() * p.element_size() for p in trainable(model).values())
-    fitting = STACK_BYTES // (copies * row)
+    fitting = STACK_BYTES // (COPIES * row)
     return TrainingPlan(way, max(1, min(MOST_CLIENTS[way], fitting)), reason, chain)
+
+
+def _convolution_bytes(chain: Chain, model: torch.nn.Module, study: Study, example: Batch, *, sums_only: bool) -> int:
+    """What a client adds to a block of convolutions: what its layers put out in a step, and its stacks.
+
+    Where only sums are asked for, no matrix of a linear layer has a row for each client; see `factored`.
+    """
+    parameters = trainable(model)
+    size = next(iter(parameters.values())).element_size()
+    outputs = sum(math.prod(shape) for shape in chain.shapes(model, example.x.shape[1:]))
+    matrices = {layer.weight for layer in chain.layers if sums_only and isinstance(layer, Linear)}
+    stacked = sum(p.numel() for name, p in parameters.items() if name not in matrices)
+    return size * (outputs * study.train.batch_size + COPIES * stacked)
 
 
 @dataclass(frozen=True)

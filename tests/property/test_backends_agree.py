@@ -29,6 +29,7 @@ WAYS = {
     "branching": Way.SINGLE,
     "dropout": Way.SEQUENTIAL,
     "cnn": Way.CONVOLUTION,
+    "wide cnn": Way.CONVOLUTION,
     "lstm": Way.GENERAL,
     "transformer": Way.GENERAL,
 }
@@ -112,7 +113,7 @@ def test_everything_at_length(model, strategy, training, sizes, block, workers):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "momentum"])
-@given(model=st.sampled_from(["tabular", "relu", "residual", "cnn"]), training=TRAINING, sizes=SIZES)
+@given(model=st.sampled_from(["tabular", "relu", "residual", "cnn", "wide cnn"]), training=TRAINING, sizes=SIZES)
 @RUNS
 def test_every_optimizer(optimizer, model, training, sizes):
     """In float64: Adam divides a gradient by its own size, so float32's rounding of a gradient that is 0 becomes a whole step."""

@@ -69,6 +69,15 @@ MODELS = {
     "branching": Branching,
     "dropout": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 3)),
     "cnn": lambda: ImageNet(1, 3, (4, 4), 2),
+    "wide cnn": lambda: nn.Sequential(  # its first matrix is cheaper as thin products, for clients of few rows
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(36, 48),
+        nn.Tanh(),
+        nn.Linear(48, 3),
+    ),
     "lstm": lambda: RecurrentNet(TOKENS, 3, 4),
     "transformer": lambda: CausalTransformer(TOKENS, 4, 4, 2, 1),
 }
@@ -91,7 +100,7 @@ class RaggedTask(Task):
         if self.model_name in {"lstm", "transformer"}:
             tokens = generator.integers(0, TOKENS, size=(count, 5))
             return Examples(tokens[:, :-1].copy(), tokens[:, 1:].copy(), client)
-        shape = (1, 6, 6) if self.model_name == "cnn" else (6,)
+        shape = (1, 6, 6) if self.model_name in {"cnn", "wide cnn"} else (6,)
         x = generator.normal(size=(count, *shape)).astype(np.float32)
         return Examples(x, generator.integers(0, 3, size=count), client)
 

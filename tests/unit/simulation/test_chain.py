@@ -179,7 +179,7 @@ def test_a_model_keeps_its_mode():
     assert not model.training
 
 
-def test_examples_that_do_not_fit_are_refused_without_being_computed():
+def test_examples_that_do_not_fit_are_refused():
     chain = chain_of(Functional("width"))
     assert isinstance(chain, Chain)
     with pytest.raises(ValueError, match="expected 36"):

@@ -70,6 +70,13 @@ def test_convolutions_are_a_way_of_their_own_on_a_cpu():
     assert plan_of(MODELS["cnn"](), x=x).way is Way.CONVOLUTION
 
 
+def test_blocks_of_convolutions_are_bounded_by_what_a_step_holds():
+    x = np.random.default_rng(0).normal(size=(3, 1, 6, 6)).astype(np.float32)
+    assert plan_of(MODELS["cnn"](), x=x).block == planning.MOST_CLIENTS[Way.CONVOLUTION]
+    large = np.zeros((3, 1, 400, 400), np.float32)
+    assert plan_of(MODELS["cnn"](), "train.batch_size=64", x=large).block == 1
+
+
 def test_a_trial_leaves_no_trace():
     model = MODELS["dropout"]()
     before = torch.get_rng_state()
