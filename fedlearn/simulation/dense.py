@@ -121,8 +121,9 @@ class DenseTrainer:
             loss_counts[:k] += clipped.counts
             not_finite = drawn.sizes - clipped.counts
             here = sums.cpu()
-            for i, site in enumerate(sites[:k]):
-                site.release([here[i].numpy()], unclipped=int(clipped.unclipped[i]), not_finite=int(not_finite[i]))
+            facts = zip(sites[:k], here.numpy(), clipped.unclipped.tolist(), not_finite.tolist(), strict=True)
+            for site, mine, unclipped, broken in facts:
+                site.release([mine], unclipped=unclipped, not_finite=broken)
             sums.copy_(here)
             optimizer.step(weights[:k], sums)
         return PrivateStacked(weights, loss_sums, loss_counts, tuple(site.tally for site in sites))
