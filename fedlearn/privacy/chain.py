@@ -30,6 +30,7 @@ START: Final = "0" * 64
 """What the first record names as its predecessor."""
 _RECORD_DOMAIN: Final = b"fedlearn/ledger-record/v1\n"
 _HEAD_DOMAIN: Final = b"fedlearn/ledger-head/v1\n"
+_CLOSED_DOMAIN: Final = b"fedlearn/closed-run/v1\n"
 
 
 class Kind(Enum):
@@ -41,8 +42,12 @@ class Kind(Enum):
     CHARGE = "charge"
     REFUSAL = "refusal"
     VOID = "void"  # a charged release was given up; the charge stands
+    CLOSED = "closed"  # a run that was charged whole on admission ended earlier, by the coordinator's signed word
     OVERRIDE = "override"  # a person at the site decided something, and why
     REPAIR = "repair"  # a torn last record was set aside
+
+
+_KINDS: Final = {kind.value: kind for kind in Kind}
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,30 @@ class SignedHead:
         raise StateError(f"ledger head: got {text[:200]!r}, expected a signed head")
 
 
+@dataclass(frozen=True)
+class ClosedRun:
+    """The coordinator's word that a run is over, in its own hand.
+
+    Args:
+        run: the run's name.
+        rounds: how many took place, void attempts among them.
+        signature: by the coordinator's key.
+    """
+
+    run: str
+    rounds: int
+    signature: bytes = field(repr=False)
+
+    def message(self) -> bytes:
+        """What is signed."""
+        return _CLOSED_DOMAIN + _canonical([self.run, self.rounds]).encode()
+
+    @classmethod
+    def signed(cls, run: str, rounds: int, key: SiteKey) -> ClosedRun:
+        """The coordinator signs."""
+        return cls(run, rounds, sign(key, cls(run, rounds, b"").message()))
+
+
 class BadRecordError(ValueError):
     """A line is not the record that the chain expects here; the message says why."""
 
@@ -136,31 +165,35 @@ def read_line(line: bytes, seq: int, prev: str) -> Record:
 
     Raises:
         BadRecordError: it does not continue the chain.
+        StateError: it does, and is of a kind that only a newer version knows.
     """
     if len(line) > MAX_RECORD_BYTES:
         raise BadRecordError(f"{len(line)} bytes, limit MAX_RECORD_BYTES is {MAX_RECORD_BYTES}")
     try:
         tree = json.loads(line)
         record = tree["record"]
-        found = Record(
-            record["seq"],
-            record["prev"],
-            float(record["time"]),
-            Kind(record["kind"]),
-            dict(record["body"]),
-            tree["sha256"],
-            _decode(tree["signature"]),
-        )
-        whole = set(tree) == {"record", "sha256", "signature"} and len(record) == 5
+        whole = set(tree) == {"record", "sha256", "signature"} and set(record) == {
+            "seq",
+            "prev",
+            "time",
+            "kind",
+            "body",
+        }
+        signature, body, time = _decode(tree["signature"]), dict(record["body"]), float(record["time"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadRecordError(f"not a record: {type(error).__name__}") from None
-    if not whole or _digest(record) != found.sha256:
+    if not whole or _digest(record) != tree["sha256"]:
         raise BadRecordError("its hash is not that of its text")
-    if found.seq != seq or found.prev != prev:
+    if record["seq"] != seq or record["prev"] != prev:
         raise BadRecordError(
-            f"it is number {found.seq} after {found.prev[:12]}, expected number {seq} after {prev[:12]}"
+            f"it is number {record['seq']} after {str(record['prev'])[:12]}, expected {seq} after {prev[:12]}"
         )
-    return found
+    if record["kind"] not in _KINDS:  # whole, and in its place: no damage, and nothing to cut off
+        raise StateError(
+            f"ledger: record {seq} is of kind {record['kind']!r}, which this version does not know",
+            hint="a newer fedlearn has written to this ledger: use that one",
+        )
+    return Record(seq, prev, time, _KINDS[record["kind"]], body, tree["sha256"], signature)
 
 
 def check_signature(record: Record, public_key: str) -> bool:

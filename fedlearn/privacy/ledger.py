@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fedlearn.clock import Clock, SystemClock
@@ -26,6 +26,7 @@ from fedlearn.privacy.chain import (
     MAX_RECORDS,
     START,
     BadRecordError,
+    ClosedRun,
     Kind,
     Record,
     SignedHead,
@@ -35,7 +36,9 @@ from fedlearn.privacy.chain import (
     signed_head,
     verify,
 )
+from fedlearn.privacy.events import Cost, Repeated, leaves
 from fedlearn.release.charge import Charge
+from fedlearn.release.keys import ADMISSION
 
 if TYPE_CHECKING:
     from fedlearn.privacy.budget import Budget
@@ -66,7 +69,7 @@ class Ledger:
         data_set: which data; fixed when the ledger is made.
         key: signs every record; a key that is new to the ledger is noted.
         clock: of the records' times.
-        set_aside: takes the bytes of a torn last record.
+        set_aside: takes the bytes of a torn last record, before they are cut off.
 
     Raises:
         StateError: the file is damaged, or belongs to another site or data set.
@@ -80,7 +83,7 @@ class Ledger:
         key: SiteKey,
         *,
         clock: Clock | None = None,
-        set_aside: list[bytes] | None = None,
+        set_aside: Callable[[bytes], object] | None = None,
     ) -> None:
         self._disk, self._key = disk, key
         self._clock = clock if clock is not None else SystemClock()
@@ -88,6 +91,8 @@ class Ledger:
         self._charges: defaultdict[str, list[Charge]] = defaultdict(list)
         self._known: set[str] = set()
         self._void: set[str] = set()
+        self._admissions: dict[str, tuple[str, int]] = {}  # key's digest to account and place among its charges
+        self._closed: dict[str, int] = {}  # run to rounds
         self._refusals: Counter[str] = Counter()
         self._refused: set[tuple[str, str]] = set()
         self._hashes: list[str] = []
@@ -100,7 +105,7 @@ class Ledger:
             self._take(record)
         if torn:
             if set_aside is not None:
-                set_aside.append(torn)
+                set_aside(torn)
             disk.truncate(size)
         self._begin(torn)
 
@@ -129,6 +134,44 @@ class Ledger:
     def void(self, key: ReleaseKey) -> None:
         if key.digest() not in self._void:
             self._append(Kind.VOID, {"key": key.__dict__, "key_sha256": key.digest()})
+
+    def closed(self, run: str) -> bool:
+        return run in self._closed
+
+    def close(self, key: ReleaseKey, closed: ClosedRun, coordinator_key: str, *, released: int) -> None:
+        """Give back what a run that was charged whole did not use. No release of the run is admitted after this.
+
+        Args:
+            key: the run's admission.
+            closed: the coordinator's word; this record is the site's own, signed too.
+            coordinator_key: public key that the site has pinned, as `chain.public_text` gives it.
+            released: attempts in which this site itself released something (`SiteGate.releases`): there cannot have been fewer rounds.
+
+        Raises:
+            StateError: the run was not charged whole here, is closed with another count, the signature is not the coordinator's, or the count
+                does not fit the charge. Nothing is given back.
+        """
+        if self._closed.get(key.run) == closed.rounds:
+            return
+        found = self._admissions.get(key.digest())
+        if found is None or key.run != closed.run or key.run in self._closed:
+            raise StateError(f"close {closed.run}: this ledger has no open run of that name that was charged whole")
+        if not verify(coordinator_key, closed.message(), closed.signature):
+            raise StateError(f"close {closed.run}: the round count is not signed by the coordinator")
+        cost = Cost.from_text(self._charges[found[0]][found[1]].cost)
+        counts = leaves(cost.event)
+        if released > closed.rounds:
+            raise StateError(
+                f"close {closed.run}: {closed.rounds} rounds, and this site released something in {released}"
+            )
+        if len(counts) != 1 or not 0 <= closed.rounds <= counts.total():
+            raise StateError(
+                f"close {closed.run}: {closed.rounds} rounds do not fit the charge of {counts.total()} releases"
+            )
+        used = Cost(Repeated(next(iter(counts)), closed.rounds), cost.relation)
+        body = {**_charge_body(key, Charge(found[0], used.to_text())), "rounds": closed.rounds}
+        signed = {"coordinator_key": coordinator_key, "coordinator_signature": closed.signature.hex()}
+        self._append(Kind.CLOSED, {**body, **signed})
 
     def override(self, who: str, what: str, why: str) -> None:
         """Note what a person at the site decided against the ledger's own rules. It changes no charge."""
@@ -219,6 +262,13 @@ class Ledger:
                     charge = Charge(str(body["account"]), str(body["cost"]))
                     self._charges[charge.account].append(charge)
                     self._known.add(str(body["key_sha256"]))
+                    if body["key"]["exchange"] == ADMISSION:
+                        place = charge.account, len(self._charges[charge.account]) - 1
+                        self._admissions[str(body["key_sha256"])] = place
+                case Kind.CLOSED:
+                    account, at = self._admissions[str(body["key_sha256"])]
+                    self._charges[account][at] = Charge(account, str(body["cost"]))
+                    self._closed[str(body["key"]["run"])] = int(body["rounds"])
                 case Kind.REFUSAL:
                     self._refusals[str(body["key"]["run"])] += 1
                     self._refused.add((str(body["key_sha256"]), str(body["reason"])))

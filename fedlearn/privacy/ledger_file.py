@@ -77,23 +77,27 @@ class LedgerFolder:
     """
 
     def __init__(self, folder: Path, site: str, data_set: str, key: SiteKey, *, clock: Clock | None = None) -> None:
+        self._folder = folder
         self._lock = FolderLock(folder, "a ledger's agent")
         try:
             self._disk = FileDisk(folder / LEDGER_FILE)
-            torn: list[bytes] = []
             try:
-                self.ledger = Ledger(self._disk, site, data_set, key, clock=clock, set_aside=torn)
+                self.ledger = Ledger(self._disk, site, data_set, key, clock=clock, set_aside=self._keep)
             except BaseException:
                 self._disk.close()
                 raise
-            finally:
-                for data in torn:
-                    (folder / f"torn-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
         except BaseException as error:
             self._lock.release()
             if isinstance(error, OSError):
                 raise StateError(f"ledger {folder}: {error.strerror}", hint="check the folder and the disk") from error
             raise
+
+    def _keep(self, torn: bytes) -> None:
+        """Evidence, on the disk before the ledger is cut."""
+        disk = FileDisk(self._folder / f"torn-{hashlib.sha256(torn).hexdigest()[:16]}")
+        disk.append(torn)
+        disk.sync()
+        disk.close()
 
     def close(self) -> None:
         """Let go of file and lock."""
@@ -191,7 +195,7 @@ class AccountState:
 
 def account_states(records: list[Record]) -> list[AccountState]:
     """Every account that the records name, in order of names."""
-    costs: defaultdict[str, list[str]] = defaultdict(list)
+    costs: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
     runs: defaultdict[str, Counter[str]] = defaultdict(Counter)
     refusals: Counter[str] = Counter()
     account_of: dict[str, str] = {}
@@ -202,9 +206,12 @@ def account_states(records: list[Record]) -> list[AccountState]:
         if record.kind is Kind.BUDGETS:
             budgets = {str(name): _budget(fields) for name, fields in body.items()}
         elif record.kind is Kind.CHARGE:
-            costs[body["account"]].append(body["cost"])
+            costs[body["account"]].append((body["key_sha256"], body["cost"]))
             runs[body["account"]][body["key"]["run"]] += 1
             account_of[body["key_sha256"]] = body["account"]
+        elif record.kind is Kind.CLOSED:
+            mine = costs[body["account"]]
+            costs[body["account"]] = [(k, body["cost"] if k == body["key_sha256"] else text) for k, text in mine]
         elif record.kind is Kind.REFUSAL:
             refusals[body["account"]] += 1
         elif record.kind is Kind.VOID:
@@ -216,7 +223,7 @@ def account_states(records: list[Record]) -> list[AccountState]:
             len(costs[name]),
             refusals[name],
             voids[name],
-            _epsilon(costs[name], budgets.get(name)),
+            _epsilon([text for _, text in costs[name]], budgets.get(name)),
             budgets.get(name),
             dict(runs[name]),
         )

@@ -89,6 +89,10 @@ class Book(Protocol):
         """Note that a release was refused, and why. Nothing is charged."""
         ...
 
+    def closed(self, run: str) -> bool:
+        """Whether a run is over and what it did not use was given back: nothing of it may leave any more."""
+        ...
+
     def void(self, key: ReleaseKey) -> None:
         """Note that a charged release was given up. Its charge stands; repeats are ignored."""
         ...

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import quote
 
 from fedlearn.errors import StateError
+
+if TYPE_CHECKING:
+    from fedlearn.release.charge import Charge
 
 TRAIN: Final = "train"
 """The exchange that carries a client's update."""
@@ -96,6 +99,12 @@ class ReleaseKey:
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.~-]+", re.ASCII)
 """Names that percent-encoding leaves as they are."""
+
+
+def admission_key(run: str, charge: Charge) -> ReleaseKey:
+    """The key under which a whole run's charge stands: one for each run and charge."""
+    digest = hashlib.sha256(f"{charge.account}\n{charge.cost}".encode()).hexdigest()
+    return ReleaseKey(run, 0, 1, ADMISSION, digest)
 
 
 def record_key(*parts: str | int) -> str:

@@ -102,6 +102,7 @@ class Refusal(Enum):
     UNKNOWN_BASE = "unknown-base"  # the server counts an attempt that this site has not committed
     CONTRADICTION = "contradiction"  # the server says two things that cannot both be true
     NOTHING_TO_UNMASK = "nothing-to-unmask"  # no update of this attempt was committed here
+    CLOSED = "closed"  # the run is over: what it did not use was given back
     TOO_LARGE = "too-large"  # a payload or state exceeds a named limit
 
 

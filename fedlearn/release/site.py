@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from fedlearn.errors import LocalProtocolError, StateError
 from fedlearn.release.charge import Book, Charge, Charger
 from fedlearn.release.journal import Changes, Journal, pack, unpack
-from fedlearn.release.keys import ADMISSION, TRAIN, UNMASK, AttemptId, ReleaseKey, record_key
+from fedlearn.release.keys import TRAIN, UNMASK, AttemptId, ReleaseKey, admission_key, record_key
 from fedlearn.release.records import (
     STATUS_TRANSITIONS,
     Finished,
@@ -130,8 +130,7 @@ class SiteGate:
         self._check_usable()
         if self._book is None:
             raise LocalProtocolError(f"admit {run}: this gate has no ledger")
-        digest = hashlib.sha256(f"{charge.account}\n{charge.cost}".encode()).hexdigest()
-        key = ReleaseKey(run, 0, 1, ADMISSION, digest)
+        key = admission_key(run, charge)
         if self._book.has(key):
             return None
         if (refused := self._weigh(key, charge)) is None:
@@ -169,6 +168,8 @@ class SiteGate:
             return self._again(known)
         if (key.at, key.exchange) in run.holds:
             return InProgress(key)
+        if self._book is not None and self._book.closed(key.run):
+            return Refused(Refusal.CLOSED, f"{key}: the run is closed")
         if key.at < run.latest:
             return Refused(Refusal.STALE, f"{key}: {run.latest} was already asked for")
         if Status.VOID in run.statuses(key.at):
@@ -211,6 +212,9 @@ class SiteGate:
             if key.at < run.latest:
                 return Refused(Refusal.STALE, f"{key}: the attempt was given up while it was computed")
             raise LocalProtocolError(f"commit of {key}: it is not reserved", hint="call reserve first, commit once")
+        if self._book is not None and self._book.closed(key.run):
+            del run.holds[slot]
+            return Refused(Refusal.CLOSED, f"{key}: the run was closed while it was computed")
         for what, data, limit in (
             ("payload", payload, self._policy.payload_limit_bytes),
             ("state", state or b"", self._policy.state_limit_bytes),

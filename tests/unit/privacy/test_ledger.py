@@ -14,15 +14,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedlearn.clock import MockClock
 from fedlearn.errors import LimitExceededError, StateError
+from fedlearn.privacy import chain
 from fedlearn.privacy.budget import Budget, EpsilonCharger, StopRule, spent_epsilon
-from fedlearn.privacy.chain import Kind, SignedHead
+from fedlearn.privacy.chain import ClosedRun, Kind, SignedHead, public_text
 from fedlearn.privacy.events import Cost, Gaussian, Repeated
 from fedlearn.privacy.ledger import MAX_REFUSALS_PER_RUN, Ledger, split
 from fedlearn.privacy.ledger_file import LEDGER_FILE, LedgerFolder, account_states, read_records, verify_ledger
 from fedlearn.release import TRAIN, AttemptId, Charge, MemoryDisk, MemoryJournal, ReleaseKey, Reserved, SiteGate
+from fedlearn.release.keys import admission_key
 from fedlearn.release.records import Finished, Refused, SitePolicy
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+COORDINATOR = ec.derive_private_key(777, ec.SECP256R1())
 COST = Cost(Repeated(Gaussian(10.0), 5))
 ACCOUNT = "heart/record"
 CHARGE = Charge(ACCOUNT, COST.to_text())
@@ -184,7 +187,7 @@ def test_a_record_cut_anywhere_is_repaired_and_never_forgotten_when_it_can_be_re
     for size in range(last + 1, len(data), 7):
         disk = disk_of(data[:size])
         aside: list[bytes] = []
-        ledger = Ledger(disk, "cleveland", "heart", KEY, clock=MockClock(), set_aside=aside)
+        ledger = Ledger(disk, "cleveland", "heart", KEY, clock=MockClock(), set_aside=aside.append)
         assert aside == [data[last:size]]
         assert kinds(disk)[:4] == ["open", "charge", "charge", "repair"]
         assert len(ledger.charges(ACCOUNT)) >= 2
@@ -352,6 +355,94 @@ def test_a_whole_run_is_charged_on_admission():
     refused = gate.admit("r2", Charge(ACCOUNT, Cost(Repeated(Gaussian(10.0), 400)).to_text()))
     assert refused.reason.value == "budget"
     assert kinds(ledger_disk) == ["open", "charge", "refusal"]
+
+
+def closing(rounds: int, run: str = "r", signer=None) -> ClosedRun:
+    return ClosedRun.signed(run, rounds, signer or COORDINATOR)
+
+
+def test_what_a_closed_run_did_not_use_comes_back_and_nothing_more_leaves(tmp_path):
+    journal_disk, ledger_disk = MemoryDisk(), MemoryDisk()
+    gate = gate_of(journal_disk, ledger_disk)
+    run = Charge(ACCOUNT, Cost(Repeated(Gaussian(10.0), 40)).to_text())
+    gate.admit("r", run)
+    assert isinstance(gate.reserve(key(1)), Reserved)
+    gate.commit(key(1), b"noised")
+    ledger = opened(ledger_disk)
+    ledger.close(admission_key("r", run), closing(7), public_text(COORDINATOR), released=1)
+    ledger.close(admission_key("r", run), closing(7), public_text(COORDINATOR), released=1)
+    seven = Charge(ACCOUNT, Cost(Repeated(Gaussian(10.0), 7)).to_text())
+    again = opened(ledger_disk)
+    assert again.charges(ACCOUNT) == (seven,)
+    assert kinds(ledger_disk) == ["open", "charge", "closed"]
+    later = gate_of(journal_disk, ledger_disk)
+    assert later.admit("r", run) is None
+    refused = later.reserve(key(8))
+    assert refused.reason.value == "closed"
+    assert isinstance(later.reserve(key(1)), Finished)  # a resend is free, still
+    again.note_budgets(BUDGETS)
+    (state,) = account_states(split(ledger_disk.read())[0])
+    assert state.epsilon == spent_epsilon([Cost(Repeated(Gaussian(10.0), 7))], BUDGETS[ACCOUNT])
+
+
+@pytest.mark.parametrize(
+    ("run", "closed", "says"),
+    [
+        ("r", lambda: closing(41), "do not fit"),
+        ("r", lambda: closing(-1), "released something in 1"),
+        ("r", lambda: closing(7, signer=KEY), "not signed"),
+        ("r", lambda: ClosedRun("r", 6, closing(7).signature), "not signed"),
+        ("r", lambda: closing(7, run="other"), "no open run"),
+        ("other", lambda: closing(7, run="other"), "no open run"),
+        ("r", lambda: closing(0), "released something in 1"),
+    ],
+)
+def test_nothing_comes_back_without_the_coordinators_word(run, closed, says):
+    disk = MemoryDisk()
+    ledger = opened(disk)
+    whole_run = Charge(ACCOUNT, Cost(Repeated(Gaussian(10.0), 40)).to_text())
+    ledger.charge(admission_key("r", whole_run), whole_run)
+    ledger.charge(key(3), CHARGE)
+    with pytest.raises(StateError, match=says):
+        ledger.close(admission_key(run, whole_run), closed(), public_text(COORDINATOR), released=1)
+    with pytest.raises(StateError, match="no open run"):
+        ledger.close(key(3), closing(1), public_text(COORDINATOR), released=1)
+    ledger.close(admission_key("r", whole_run), closing(9), public_text(COORDINATOR), released=1)
+    with pytest.raises(StateError, match="no open run"):
+        ledger.close(admission_key("r", whole_run), closing(3), public_text(COORDINATOR), released=1)
+    assert kinds(disk) == ["open", "charge", "charge", "closed"]
+
+
+def test_what_was_being_computed_when_a_run_closed_does_not_leave():
+    journal_disk, ledger_disk = MemoryDisk(), MemoryDisk()
+    ledger = opened(ledger_disk)
+    gate = SiteGate(MemoryJournal(journal_disk), EpsilonCharger(BUDGETS), None, ledger)
+    run = Charge(ACCOUNT, Cost(Repeated(Gaussian(10.0), 40)).to_text())
+    gate.admit("r", run)
+    assert isinstance(gate.reserve(key(1)), Reserved)
+    ledger.close(admission_key("r", run), closing(0), public_text(COORDINATOR), released=len([*gate.releases("r")]))
+    assert gate.commit(key(1), b"noised").reason.value == "closed"
+    assert [*gate.releases("r")] == []
+
+
+def test_a_record_of_a_newer_version_is_not_cut_off():
+    data = whole(1)
+    last = split(data)[0][-1]
+    record = {"seq": last.seq + 1, "prev": last.sha256, "time": 1.0, "kind": "hologram", "body": {}}
+    line = {"record": record, "sha256": chain._digest(record), "signature": ""}
+    disk = disk_of(data + chain._canonical(line).encode() + b"\n")
+    before = disk.read()
+    with pytest.raises(StateError, match="newer fedlearn"):
+        opened(disk)
+    assert disk.read() == before
+
+
+def test_evidence_is_on_the_disk_before_the_ledger_is_cut():
+    seen = []
+    disk = disk_of(whole()[:-9])
+    size = len(disk.read())
+    Ledger(disk, "cleveland", "heart", KEY, clock=MockClock(), set_aside=lambda torn: seen.append(len(disk.read())))
+    assert seen == [size]
 
 
 def test_a_payload_too_large_is_a_recorded_refusal():
