@@ -94,7 +94,7 @@ def plan_training(
         return TrainingPlan(Way.SINGLE, 1, "bfloat16 rounds differently in a batch of another shape")
     if tried.reason:
         return TrainingPlan(Way.SINGLE, 1, tried.reason)
-    chain = chain_of(model)
+    chain = _chain_for(model, example)
     device = next(model.parameters()).device
     if isinstance(chain, Chain) and is_dense(chain):
         return _plan(Way.DENSE, model, "linear layers and element-wise functions: stacked, own backward pass", chain)
@@ -111,6 +111,18 @@ def plan_training(
     if reason:
         return TrainingPlan(Way.SINGLE, 1, reason)
     return _plan(Way.GENERAL, model, chain.reason if isinstance(chain, NotAChain) else f"convolutions on {device}")
+
+
+def _chain_for(model: torch.nn.Module, example: Batch) -> Chain | NotAChain:
+    """The model's layers, where each example that comes to a linear layer is one row: what the written-out ways know."""
+    chain = chain_of(model)
+    if isinstance(chain, Chain):
+        shapes = (example.x.shape[1:], *chain.shapes(model, example.x.shape[1:]))
+        if any(
+            isinstance(layer, Linear) and len(shape) > 1 for shape, layer in zip(shapes, chain.layers, strict=False)
+        ):
+            return NotAChain("a linear layer takes more than a row of each example")
+    return chain
 
 
 def _plan(way: Way, model: torch.nn.Module, reason: str, chain: Chain | None = None) -> TrainingPlan:

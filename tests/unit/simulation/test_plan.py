@@ -70,6 +70,16 @@ def test_convolutions_are_a_way_of_their_own_on_a_cpu():
     assert plan_of(MODELS["cnn"](), x=x).way is Way.CONVOLUTION
 
 
+def test_linear_layers_on_sequences_are_for_any_model():
+    class Sequences(RaggedTask):
+        def loss(self, outputs, y):
+            return super().loss(outputs.mean(1), y)
+
+    x = np.random.default_rng(0).normal(size=(3, 5, 6)).astype(np.float32)
+    plan = plan_training(Sequences(), nn.Linear(6, 3), ragged_study(), Batch(x, np.zeros(3, np.int64)))
+    assert (plan.way, plan.reason) == (Way.GENERAL, "a linear layer takes more than a row of each example")
+
+
 def test_blocks_of_convolutions_are_bounded_by_what_a_step_holds():
     x = np.random.default_rng(0).normal(size=(3, 1, 6, 6)).astype(np.float32)
     assert plan_of(MODELS["cnn"](), x=x).block == planning.MOST_CLIENTS[Way.CONVOLUTION]
