@@ -157,3 +157,13 @@ def test_a_false_opening_is_found_out(masked):
     masked.server.close()
     assert masked.server.culprits == (VICTIM,)
     assert masked.server.total.integers.tolist() == masked.expected(masked.clients)[:-1]
+
+
+def test_the_server_voids_a_round_in_which_too_few_reveal():
+    world = World(N, plan={"adversarial": 0.05, "dropout": 0.05}).rostered()
+    for name, message in list(world.out.items())[3:]:
+        world.server.receive(name, world.answer(name, message))
+    with pytest.raises(SecureAggregationError) as caught:
+        world.server.close()
+    assert caught.value.breach is Breach.BELOW_THRESHOLD
+    assert world.server.stage is Stage.VOID

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from fedlearn.errors import LocalProtocolError
+from fedlearn.secagg.breach import Breach, SecureAggregationError
+from fedlearn.secagg.messages import Agreement
+from fedlearn.secagg.plan import Profile
 from fedlearn.secagg.server import ServerRound, Stage
 from tests.support.secagg_world import SUBJECT, World
 
@@ -71,3 +74,28 @@ def test_whom_it_waits_for():
     assert world.server.waiting == frozenset(world.clients)
     world.server.receive("site-002", world.answer("site-002", world.out["site-002"]))
     assert world.server.waiting == frozenset(world.clients) - {"site-002"}
+
+
+@pytest.mark.parametrize(
+    "stage", [Stage.CHECK_IN, Stage.SHARE, Stage.MASK, Stage.AGREE, Stage.OPEN], ids=lambda s: s.name
+)
+def test_a_stage_to_which_too_few_came_voids_the_attempt(stage):
+    minimum = 5 if stage in {Stage.SHARE, Stage.MASK} else 4
+    world = World(5, plan={"minimum": minimum, "profile": Profile.MALICIOUS})
+    came = 3 if stage in {Stage.CHECK_IN, Stage.AGREE, Stage.OPEN} else 4
+    if stage is Stage.CHECK_IN:
+        for client in list(world.clients.values())[:came]:
+            world.server.receive(client.name, client.check_in())
+    else:
+        world.rostered()
+        while world.server.stage is not stage:
+            world.step()
+        for name, message in list(world.out.items())[:came]:
+            world.server.receive(name, world.answer(name, message))
+    with pytest.raises(SecureAggregationError) as caught:
+        world.server.close()
+    assert caught.value.breach is Breach.BELOW_THRESHOLD
+    assert world.server.stage is Stage.VOID
+    assert world.server.waiting == frozenset()
+    with pytest.raises(SecureAggregationError, match="void"):
+        world.server.receive("site-000", Agreement(bytes(64)))
