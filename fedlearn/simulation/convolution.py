@@ -18,8 +18,9 @@ from fedlearn.errors import UnsupportedError
 from fedlearn.learning.local import trainable
 from fedlearn.learning.strategy import Pass, Pull
 from fedlearn.simulation.blocks import Layout, Stacked, StackedOptimizer, SummedPass, is_common, turn
-from fedlearn.simulation.factored import FactoredCohort, Sum, wide_layers
+from fedlearn.simulation.factored import wide_layers
 from fedlearn.simulation.gradients import Rows, backward_all, forward_all, loss_gradient, pool_first
+from fedlearn.simulation.lockstep import FactoredCohort, Sum
 
 if TYPE_CHECKING:
     from fedlearn.learning.strategy import Direction, Tensors
@@ -58,17 +59,16 @@ class ConvTrainer:
         _keep_freed_memory()
         rows = Rows.of(block, self._dtype)
         weights = torch.empty(len(block.clients), self.layout.size, dtype=self._dtype)
-        same_start = all(initial[name].shape == shape for name, shape in self.layout.shapes.items())
-        alike = same_start and is_common(Pass("", initial, direction))
-        if alike and (wide := self._wide(plan)):
+        if self._is_one(initial) and is_common(Pass("", initial, direction)) and (wide := self._wide(plan)):
             pull = direction.strength if isinstance(direction, Pull) else 0.0
             cohort = FactoredCohort(self._task, self._layers, self._train, initial, wide, plan, pull)
             loss_sums = cohort.run(rows)
             cohort.write(self.layout.views(weights))
             return Stacked(weights, loss_sums, plan.sizes.sum(1))
         self.layout.fill(weights, initial)
-        # A client's own rule sees every row at once. Else a client's weights stay in the cache from step to step.
-        width = 1 if alike or direction is None else len(weights)
+        # What a rule holds of each client has a row for every client. Else a client's weights stay in the cache from step to step.
+        alone = direction is None or (isinstance(direction, Pull) and self._is_one(direction.anchor))
+        width = 1 if alone else len(weights)
         gradient = torch.zeros_like(weights[:width])
         loss_sums = np.zeros(len(weights))
         for first in range(0, len(weights), width):
@@ -101,6 +101,10 @@ class ConvTrainer:
             loss_sums[one] = self._train_rows(row.copy_(start), gradient, one, direction, rows, plan)
             total.add_(row.sub_(start)[0], alpha=float(share))
         return SummedPass(total, loss_sums, plan.sizes.sum(1))
+
+    def _is_one(self, weights: Tensors) -> bool:
+        """Whether these are one model's weights, without a client dimension."""
+        return all(weights[name].shape == shape for name, shape in self.layout.shapes.items())
 
     def _wide(self, plan: StepPlan) -> frozenset[str]:
         """Names of the matrices that are cheaper as thin products; none under another rule than SGD's."""
