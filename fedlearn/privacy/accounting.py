@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from fedlearn.errors import AccountingError, StudyError
+from fedlearn.errors import AccountingError, StudyError, UnsupportedError
 from fedlearn.privacy import rdp
 from fedlearn.privacy.events import (
     Cost,
@@ -176,10 +176,19 @@ def google_rdp_epsilon(cost: Cost, delta: float) -> float:
 
 
 def prv_bound(cost: Cost, delta: float) -> Bound:
-    """Opacus' PRV accountant (Gopi, Lee and Wutschitz 2021): an estimate inside an interval."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its imports' deprecations
-        from opacus.accountants import PRVAccountant
+    """Opacus' PRV accountant (Gopi, Lee and Wutschitz 2021): an estimate inside an interval. For releases that have a PLD.
+
+    Raises:
+        UnsupportedError: Opacus is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its imports' deprecations
+            from opacus.accountants import PRVAccountant
+    except ImportError as error:
+        raise UnsupportedError(
+            f"accounting: Opacus cannot be loaded: {error}", hint="pip install 'fedlearn[privacy]'"
+        ) from None
 
     accountant = PRVAccountant()
     accountant.history = [
@@ -189,11 +198,11 @@ def prv_bound(cost: Cost, delta: float) -> Bound:
         for leaf, count in leaves(cost.event).items()
         if isinstance(leaf, Gaussian | PoissonSampled)
     ]
-    error, delta_error = 0.01, delta / 1000
+    epsilon_error, delta_error = 0.01, delta / 1000
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.simplefilter("ignore")  # of its own choice of domain
-        variable = accountant._get_dprv(eps_error=error, delta_error=delta_error)  # noqa: SLF001  # the interval has no public name
-        lower, estimate, upper = variable.compute_epsilon(delta, delta_error, error)
+        variable = accountant._get_dprv(eps_error=epsilon_error, delta_error=delta_error)  # noqa: SLF001  # the interval has no public name
+        lower, estimate, upper = variable.compute_epsilon(delta, delta_error, epsilon_error)
     return Bound(Method.PRV, f"Opacus PRV {_version('opacus')}", float(estimate), float(lower), float(upper))
 
 

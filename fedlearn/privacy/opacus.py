@@ -37,7 +37,7 @@ class OpacusGradients:
         except ImportError as error:
             raise UnsupportedError(
                 f"model: a layer has no fast per-example gradients, and Opacus cannot be loaded: {error}",
-                hint="pip install 'opacus>=1.6,<1.7'; fedlearn check-model says which layer it is",
+                hint="pip install 'fedlearn[privacy]'; fedlearn check-model says which layer it is",
             ) from None
         self._model = model
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
