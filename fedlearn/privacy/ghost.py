@@ -97,6 +97,7 @@ class GhostGradients:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_mixing(model)
         self._checked = False
         self._layers: list[_Layer] = []
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -188,6 +189,24 @@ class GhostGradients:
                     hint="use the weights through their layer only, called with one row for each example",
                 )
         self._checked = True
+
+
+def refuse_mixing(model: nn.Module) -> None:
+    """Refuse layers through which one example reaches another one's gradient, or a buffer: no clip bounds that, trainable or not.
+
+    Whether a `forward` mixes examples by itself only `model_check.check_model` can tell.
+
+    Raises:
+        UnsupportedError: names the layer.
+    """
+    for name, module in model.named_modules():
+        batch = isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001  # the family has no public name
+        if batch or getattr(module, "track_running_stats", False):
+            raise UnsupportedError(
+                f"model: {name or 'itself'}: {type(module).__name__} {'normalises over the batch' if batch else 'keeps statistics'}: "
+                "examples are not separate",
+                hint="fedlearn check-model rewrites it",
+            )
 
 
 def unsupported(model: nn.Module) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedlearn.errors import UnsupportedError
-from fedlearn.privacy.ghost import ClippedSum
+from fedlearn.privacy.ghost import ClippedSum, refuse_mixing
 from fedlearn.privacy.gradient_rules import Gradients
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class OpacusGradients:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_mixing(model)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # its imports' deprecations

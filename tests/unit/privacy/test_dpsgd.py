@@ -211,6 +211,37 @@ def test_a_model_that_would_be_clipped_wrongly_is_refused_on_its_first_batch(mod
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm1d(5),
+        nn.BatchNorm1d(5, affine=False),
+        nn.BatchNorm1d(5, affine=False, track_running_stats=False),
+        nn.InstanceNorm1d(5, track_running_stats=True),
+    ],
+    ids=str,
+)
+def test_layers_that_mix_examples_are_refused_without_parameters_too(layer):
+    # Opacus' validator lets a batch norm without parameters through: it trains, and exports the running mean of the data.
+    model = nn.Sequential(layer, nn.Linear(5, 3))
+    for engine in (GhostGradients, OpacusGradients, engine_for):
+        with pytest.raises(UnsupportedError, match="not separate"):
+            engine(model)
+
+
+def test_a_forward_that_mixes_examples_is_refused_on_its_first_batch():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(5, 3), torch.randn(7, 5), torch.randint(3, (7,))
+
+    def losses():
+        out = model(x)
+        return nn.functional.cross_entropy(out - out.mean(0), y, reduction="none")
+
+    with pytest.raises(UnsupportedError, match="weight: its per-example gradient is not"):
+        GhostGradients(model)(losses, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_a_layer_of_another_kind_takes_the_general_path():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(16, 3))
