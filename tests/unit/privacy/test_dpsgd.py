@@ -172,7 +172,6 @@ def test_models_without_a_rule_are_named():
     assert "tied" in unsupported(tied)[0]
     for layer in (
         nn.LSTM(3, 3),
-        nn.BatchNorm1d(3),
         nn.Conv2d(4, 4, 3, groups=4),
         nn.Conv2d(4, 4, 3, padding="same"),
         nn.PReLU(),
