@@ -118,11 +118,14 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-def test_the_study_in_the_documentation_is_one():
+def test_the_study_in_the_documentation_is_one_and_may_have_the_environment_there():
     from fedlearn.study import parse_study
 
-    (body,) = blocks(ROOT / "docs" / "study.md", "toml")
-    assert parse_study(body).strategy.options == {"mu": 0.01}
+    study, environment = blocks(ROOT / "docs" / "study.md", "toml")
+    assert parse_study(study).strategy.options == {"mu": 0.01}
+    both = parse_study(f"{study}\n{environment}".replace("[cohort]\n", "[cohort]\nsize = 3\n"))
+    assert both.environment is not None
+    assert both.environment.deadline_s == 60.0
 
 
 def test_every_partition_is_documented():
