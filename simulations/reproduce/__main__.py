@@ -44,10 +44,8 @@ COMPARISONS = {
         {
             "FedAvg, client 0.1": ("train.lr=0.1",),
             "FedAvg, client 0.3": ("train.lr=0.3",),
-            "FedAvg, client 1": ("train.lr=1.0",),
             "FedAdam, client 0.1, server 0.01": _adam(0.1, 0.01),
             "FedAdam, client 0.3, server 0.01": _adam(0.3, 0.01),
-            "FedAdam, client 0.3, server 0.03": _adam(0.3, 0.03),
         },
         reach=0.25,
     ),
