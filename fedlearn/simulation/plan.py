@@ -37,7 +37,7 @@ class Way(StrEnum):
 
 STACK_BYTES: Final = 128 * 1024**2
 """What the stacked weights, gradients and optimiser state of one block may take."""
-MOST_CLIENTS: Final = {Way.DENSE: 100, Way.CONVOLUTION: 16, Way.GENERAL: 32}
+MOST_CLIENTS: Final = {Way.DENSE: 100, Way.CONVOLUTION: 10, Way.GENERAL: 32}
 """Clients of a block; measured in benchmarks/results/simulation.md."""
 COPIES: Final = 6
 """Stacks of the weights' size that a block needs at most: weights, gradient, two moments, one temporary, the delta."""
