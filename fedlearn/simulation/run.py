@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedlearn import events
 from fedlearn.app import App, load_app
 from fedlearn.clock import SystemClock
+from fedlearn.errors import StudyError
 from fedlearn.meter import measuring
 from fedlearn.release.journal import DictJournal
 from fedlearn.report.folder import PROFILE, RunFolder
@@ -217,6 +218,7 @@ def run_ready(
     from fedlearn.simulation.virtual import EnvironmentBackend
 
     study, population = ready.study, ready.population
+    _check_cohort(study, len(population.client_ids))
     if journal is not None and manner.measured:
         journal = MeasuredJournal(journal)
     threads = torch.get_num_threads()
@@ -256,6 +258,16 @@ def run_ready(
     finally:
         torch.set_num_threads(threads)
     return SimulationResult(study, outcome, time.monotonic() - started, population.task)
+
+
+def _check_cohort(study: Study, clients: int) -> None:
+    """In a simulation nobody else can come: a cohort that is too large will never be full."""
+    for key, asked in (("cohort.size", study.cohort.size), ("cohort.minimum", study.cohort.minimum)):
+        if asked is not None and asked > clients:
+            raise StudyError(
+                f"{key}: got {asked}, this study has {clients} clients",
+                hint=f"{key} may be up to {clients}; a partition makes more clients with data.clients",
+            )
 
 
 def manifest(study: Study, seconds: float) -> dict[str, Any]:

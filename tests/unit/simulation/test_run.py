@@ -81,8 +81,9 @@ def test_what_cannot_run_says_why():
         fedlearn.simulate("simulations/hart.toml")
     with pytest.raises(UnsupportedError, match="not on this machine"):
         fedlearn.simulate(tiny_study(), device="cuda:99")
-    with pytest.raises(RunFailedError, match="needs 9"):
-        fedlearn.simulate(tiny_study("cohort.minimum=9"))
+    for key in ("cohort.size", "cohort.minimum"):
+        with pytest.raises(StudyError, match=f"{key}: got 9, this study has 4 clients"):
+            fedlearn.simulate(tiny_study(f"{key}=9"))
 
 
 def test_a_simulation_waits_for_nobody():

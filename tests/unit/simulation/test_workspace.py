@@ -10,7 +10,7 @@ import pytest
 import fedlearn
 from fedlearn.arrays import digest
 from fedlearn.cli import main
-from fedlearn.errors import RunFailedError, StateError, UnsupportedError
+from fedlearn.errors import StateError, StudyError, UnsupportedError
 from fedlearn.simulation.workspace import Recorded, Setting, Workspace, mark_of
 from tests.support.tiny_task import tiny_study
 
@@ -112,7 +112,7 @@ def test_a_mark_is_of_shapes_types_and_rows():
 
 
 def test_what_never_began_leaves_nothing(tmp_path):
-    for study, error in ((tiny_study("cohort.minimum=9"), RunFailedError), (tiny_study(), UnsupportedError)):
+    for study, error in ((tiny_study("cohort.minimum=9"), StudyError), (tiny_study(), UnsupportedError)):
         device = "cuda:99" if error is UnsupportedError else None
         with pytest.raises(error):
             fedlearn.simulate(study, out=tmp_path / "run", device=device)
