@@ -188,9 +188,8 @@ class BlockRunner:
     ) -> list[Fitted | Summed | Failed]:
         """Postprocess and sum the updates: raw ones stay here."""
         summable = self._strategy.linear and all(isinstance(step, ClipL2) for step in self._chain)
-        if (
-            summable and len(members) > 1
-        ):  # one client's own update is added as the sequential backend's is, bit for bit
+        # One client's own update is added as the sequential backend's is, bit for bit.
+        if summable and len(members) > 1:
             try:
                 return [self._sum(layout, members, releases, facts)]
             except UpdateError:  # somebody's is not finite or too large: by itself it is refused by name
