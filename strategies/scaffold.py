@@ -102,8 +102,11 @@ def _control_change(delta: torch.Tensor, server_control: torch.Tensor, main: Tra
     """c_i+ - c_i = -c - delta / (K eta_l); zero where K is 0."""
     steps, lr = per_client(main.steps, delta), per_client(main.lr, delta)
     idle = steps == 0
-    change: torch.Tensor = -delta / ((steps + idle) * lr) - server_control
-    return change * (1 - int(idle) if isinstance(idle, bool) else ~idle)
+    # As few passes over memory as there can be: with many clients at once these are the largest arrays of a round.
+    change: torch.Tensor = (delta / (-(steps + idle) * lr)).sub_(server_control)
+    if isinstance(idle, bool):
+        return change * (1 - int(idle))
+    return change * ~idle if bool(idle.any()) else change
 
 
 def _scaled(arrays: Arrays, factor: float) -> Arrays:

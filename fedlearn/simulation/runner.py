@@ -59,6 +59,7 @@ class BlockRunner:
         self._model, self._memories = model, memories
         self._device = next(model.parameters()).device
         self._trainers: dict[Way, BlockTrainer] = {}
+        self._stacks: dict[str, torch.Tensor] = {}
         self._chain = chain_of(study)
         self._sums_only = asks_for_sums_only(strategy, study)
         self._precision = np.dtype(study.train.precision)
@@ -155,12 +156,19 @@ class BlockRunner:
         for i, member in enumerate(members if self._strategy.stateful else ()):
             state = {name: tensor[i].cpu().numpy().copy() for name, tensor in finish.state.items()}
             self._memories.keep(member.client, (work.round, work.attempt), state)
-        names = trainer.layout.shapes
         releases = {
-            release: torch.cat([tensors[name].flatten(1) for name in names], dim=1)
+            release: self._flat(trainer.layout, release, tensors, main.weights)
             for release, tensors in finish.releases.items()
         }
         return self._release(trainer.layout, members, releases, facts)
+
+    def _flat(self, layout: Layout, release: str, tensors: Tensors, like: torch.Tensor) -> torch.Tensor:
+        """A release's tensors as a stack like the weights', in memory that the next block uses again."""
+        stack = self._stacks.get(release)
+        if stack is None or len(stack) < len(like):  # new memory costs more than what is written there
+            stack = self._stacks[release] = torch.empty_like(like)
+        layout.fill(stack[: len(like)], tensors)
+        return stack[: len(like)]
 
     def _train_sum(self, trainer: SummingTrainer, block: Block, members: list[_Member], one: Pass) -> Summed:
         """FedAvg's client rule, or FedProx's: nobody needs any client's own update."""
