@@ -137,8 +137,7 @@ def test_build_takes_the_app_folders_and_nothing_else(tmp_path):
     expected = {
         path.relative_to(ROOT).as_posix()
         for folder in APP_FOLDERS
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".toml"}
+        for path in (ROOT / folder).rglob("*.toml" if folder == "simulations" else "*.py")
     }
     assert names == expected | {"pyproject.toml"}
 
