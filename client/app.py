@@ -64,10 +64,12 @@ def describe(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
     from fedlearn.learning import local
+    from fedlearn.privacy.site import site_plan
 
     request = messages.decode_request(message.content)
     site = _site(request.study, context)
     memory = _read_memory(context.state)
+    private = site_plan(site.study, request.round, site.client, site.data.train, rehearsal=False)
     result = local.fit(
         site.task,
         site.model,
@@ -78,11 +80,12 @@ def train(message: Message, context: Context) -> Message:
         global_model=request.model,
         shared=request.shared,
         state=memory.at(request.base) if site.strategy.stateful else {},
+        private=private,
     )
     if site.strategy.stateful:
         memory.candidates[request.round, request.attempt] = result.state
         _write_memory(context.state, memory)
-    update = apply_on_client(chain_of(site.study), result.update)
+    update = apply_on_client(chain_of(site.study, request.shared), result.update)
     return Message(messages.encode_update(update), reply_to=message)
 
 

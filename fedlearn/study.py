@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from fedlearn.environment import EnvironmentTable
 from fedlearn.errors import StudyError
+from fedlearn.privacy.table import PrivacyTable
 from fedlearn.strict import STRICT
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -97,7 +98,7 @@ class TrainTable(_Table):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """L2 penalty; decoupled for adamw."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Examples a step; the last batch of an epoch may be smaller."""
+    """Examples a step; the last batch of an epoch may be smaller. Under [privacy] for records or groups its sampling_rate and steps decide instead."""
     epochs: Annotated[int, Field(ge=1)] = 1
     """Passes over the client's training rows, each round."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
@@ -120,13 +121,17 @@ class CohortTable(_Table):
 
     size: Annotated[int, Field(ge=1)] | None = None
     """A fixed number, drawn without replacement; absent means everybody."""
+    rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Every client by a coin of its own with this probability (Poisson sampling), under a client-level privacy plan. A cohort may be empty."""
     minimum: Annotated[int, Field(ge=1)] = 1
-    """Fewer updates than this make the round void."""
+    """Fewer updates than this make the round void. Under a client-level [privacy] none does: who came is a secret."""
     wait_for: Annotated[int, Field(ge=1)] | None = None
     """Start when so many clients are connected; absent means `size`, or `minimum`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> CohortTable:
+        if self.size is not None and self.rate is not None:
+            raise ValueError("size, rate: a cohort is of a fixed size or drawn by coins, not both")
         if self.size is not None and self.minimum > self.size:
             raise ValueError(f"minimum: got {self.minimum}, more than size = {self.size}")
         return self
@@ -183,11 +188,19 @@ class Study(_Table):
     evaluate: EvaluateTable = EvaluateTable()
     runtime: RuntimeTable = RuntimeTable()
     environment: EnvironmentTable | None = None
+    privacy: PrivacyTable | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
         if self.environment is not None and self.environment.over_selection > 1 and self.cohort.size is None:
             raise ValueError("environment.over_selection: needs a cohort.size; everybody is asked without one")
+        unit = None if self.privacy is None else self.privacy.unit
+        if self.cohort.rate is not None and unit != "client":
+            raise ValueError('cohort.rate: only with [privacy] unit = "client"; take cohort.size')
+        if unit is not None and self.update.clip_l2 is not None:
+            raise ValueError("update.clip_l2: [privacy] clips already, with its own clip_l2; remove it")
+        if unit == "client" and self.environment is not None:
+            raise ValueError("environment: a client-level plan draws its own cohorts, out of everybody")
         return self
 
     def to_json(self) -> str:

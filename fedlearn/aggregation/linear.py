@@ -139,6 +139,10 @@ class IntegerSum:
         """The sum in units of the quantum; a view, not a copy."""
         return self._sums
 
+    def total(self) -> dict[str, npt.NDArray[np.float64]]:
+        """The sum in float64; zeros before the first term."""
+        return {name: np.asarray(total / 2.0**self.quantum_bits) for name, total in self._sums.items()}
+
     def mean(self) -> dict[str, npt.NDArray[np.float64]]:
         """sum / weight, in float64.
 

@@ -14,7 +14,7 @@ from fedlearn.aggregation.stack import UpdateStack
 from fedlearn.arrays import Arrays, Spec, specs_of
 from fedlearn.errors import UpdateError
 from fedlearn.learning.strategy import Strategy
-from fedlearn.learning.update import DELTA, Aggregate, Update, Weighting
+from fedlearn.learning.update import DELTA, UNCLIPPED, Aggregate, Release, Update, Weighting
 
 MAX_EXAMPLES = 2**40
 """A client's count of examples is somebody's claim; this bounds what it can do to the weighted mean's headroom."""
@@ -62,17 +62,37 @@ class Collector(Protocol):
         ...
 
 
-def collector_for(strategy: Strategy, model: Arrays) -> Collector:
-    """The collector that fits a strategy, for updates shaped like `model`."""
-    return SumCollector(strategy, specs_of(model)) if strategy.linear else StackCollector(strategy, specs_of(model))
+def collector_for(strategy: Strategy, model: Arrays, *, counted: bool = False) -> Collector:
+    """The collector that fits a strategy, for updates shaped like `model`; `counted` as `release_specs` has it."""
+    specs = specs_of(model)
+    return SumCollector(strategy, specs, counted=counted) if strategy.linear else StackCollector(strategy, specs)
+
+
+def release_specs(
+    strategy: Strategy, specs: Mapping[str, Spec], *, counted: bool = False
+) -> Mapping[Release, Mapping[str, Spec]]:
+    """Everything that an update holds, and its arrays.
+
+    Args:
+        strategy: releases arrays like the model's.
+        specs: the model's.
+        counted: a bit goes with each update, see `fedlearn.privacy.clipping.Contribute`.
+    """
+    found: dict[Release, Mapping[str, Spec]] = dict.fromkeys(strategy.releases, specs)
+    if counted:
+        from fedlearn.privacy.clipping import COUNT
+
+        found[Release(UNCLIPPED, Weighting.UNIFORM)] = {COUNT: Spec((1,), "float32")}
+    return found
 
 
 class SumCollector:
     """One running integer sum a release: memory does not grow with the number of clients."""
 
-    def __init__(self, strategy: Strategy, specs: Mapping[str, Spec]) -> None:
-        self._releases = strategy.releases
-        self._sums = {release.name: IntegerSum(specs, quantum_bits_for(specs)) for release in self._releases}
+    def __init__(self, strategy: Strategy, specs: Mapping[str, Spec], *, counted: bool = False) -> None:
+        held = release_specs(strategy, specs, counted=counted)
+        self._releases = tuple(held)
+        self._sums = {release.name: IntegerSum(these, quantum_bits_for(these)) for release, these in held.items()}
         self._clients: set[str] = set()
         self._examples = 0
 
@@ -98,6 +118,11 @@ class SumCollector:
             total.merge(partial.sums[name])
         self._clients.update(partial.examples)
         self._examples += sum(partial.examples.values())
+
+    @property
+    def clients(self) -> int:
+        """How many updates are in it."""
+        return len(self._clients)
 
     @property
     def sums(self) -> Mapping[str, IntegerSum]:

@@ -35,3 +35,14 @@ def check_combination(study: Study, strategy: Strategy) -> None:
             f"{study.train.momentum:g}: its client rule holds for plain SGD only ({strategy.paper})",
             hint='set train.optimizer = "sgd" and train.momentum = 0',
         )
+    if study.privacy is not None:
+        from fedlearn.privacy.study import plan_of
+
+        plan = plan_of(study)
+        assert plan is not None
+        plan.check_strategy(strategy)
+        if study.train.precision == "bfloat16":
+            raise UnsupportedError(
+                "privacy with train.precision = 'bfloat16': what is clipped and noised must be exact",
+                hint="use float32",
+            )

@@ -22,12 +22,13 @@ from fedlearn.learning.averages import l2_norm, mean_metrics, weighted_mean
 from fedlearn.learning.backend import Backend, Failed, Fitted, Scored, Summed, Work
 from fedlearn.learning.checkpoint import PARTS, broadcast_digest, state_from_bytes, state_to_bytes
 from fedlearn.learning.cohort import pick_cohort
-from fedlearn.learning.collect import Collector, collector_for, update_checksum
+from fedlearn.learning.collect import Collector, SumCollector, collector_for, update_checksum
 from fedlearn.learning.combine import check_combination
 from fedlearn.learning.conditions import Conditions
 from fedlearn.learning.postprocess import apply_on_server, chain_of
 from fedlearn.learning.strategy import ServerState, Strategy
 from fedlearn.learning.update import DELTA, Aggregate, Update
+from fedlearn.privacy.study import with_clip, without_clip
 from fedlearn.release.coordinator import RoundMachine
 from fedlearn.release.keys import AttemptId, record_key
 from fedlearn.release.round import Begin, Resume, RoundPolicy, RoundState
@@ -35,6 +36,7 @@ from fedlearn.release.round import Failed as RunOver
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
+    from fedlearn.privacy.central import CentralPlan
     from fedlearn.release.journal import Journal
     from fedlearn.study import Study
 
@@ -74,6 +76,7 @@ class Federation:
         should_stop: asked between rounds.
         conditions: of a simulated world; None in the real one.
         may_join: False where nobody else can come, as in a simulation: `cohort.wait_for` is then of no use.
+        rehearsal: all chance follows from the study's seed, whatever it asks for: a simulation.
     """
 
     def __init__(
@@ -90,9 +93,13 @@ class Federation:
         clock: Clock | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         may_join: bool = True,
+        rehearsal: bool = False,
         conditions: Conditions | None = None,
     ) -> None:
         check_combination(study, strategy)
+        self._central = _central_plan(study, rehearsal=rehearsal)
+        # Under a plan a metric of a site leaves it through a charged mechanism or not at all; a rehearsal has no site.
+        self._may_score = study.privacy is None or rehearsal or study.privacy.evaluation_noise is not None
         self._study, self._run, self._strategy, self._backend = study, run, strategy, backend
         self._journal, self._metric, self._emit, self._should_stop = journal, metric, emit, should_stop
         self._clock = clock if clock is not None else SystemClock()
@@ -108,7 +115,7 @@ class Federation:
             checksum=update_checksum,
             size=lambda update: sum(named.size_bytes(a) for a in update.private.values()),
             policy=RoundPolicy(
-                min_survivors=max(study.cohort.minimum, strategy.min_clients),
+                min_survivors=0 if self._central else max(study.cohort.minimum, strategy.min_clients),
                 max_attempts=study.runtime.max_attempts,
             ),
         )
@@ -182,7 +189,7 @@ class Federation:
             self._machine.begin(at, cohort, digest)
         self._emit(events.RoundStarted(self._run, at.round, at.attempt, len(cohort)))
         losses: dict[str, tuple[float, int]] = {}
-        for reply in self._backend.fit(self._work(at, cohort, digest, roster)):
+        for reply in self._backend.fit(self._work(at, cohort, digest, roster)) if cohort else ():
             reason = self._take(reply)
             for client, facts, examples in _claims(reply):
                 if reason is None:
@@ -194,21 +201,23 @@ class Federation:
         if self._machine.state is RoundState.OPEN:
             self._machine.close()
         elif self._machine.state is RoundState.REFILL:
-            self._machine.void("a survivor sent other bytes than before the coordinator's restart")
+            self._machine.void("the sum could not be made again after the coordinator's restart")
         if self._machine.state is not RoundState.SUMMED:
             self._give_up(at)
             return
-        aggregate = self._aggregate()
-        if aggregate is None:
+        released = self._release(at)
+        if released is None:
             self._give_up(at)
             return
-        self._state = self._next_state(at, aggregate)
+        aggregate, clip_l2 = released
+        clients = len(self._machine.survivors)
+        self._state = self._next_state(at, aggregate, clip_l2)
         finished = events.RoundFinished(
             self._run,
             at.round,
             at.attempt,
-            clients=aggregate.clients,
-            dropped=len(roster) - aggregate.clients,
+            clients=clients,
+            dropped=len(roster) - clients,
             seconds=self._clock.monotonic() - started_s,
             train_loss=weighted_mean(losses),
             update_norm=l2_norm(aggregate.means[DELTA]),
@@ -232,9 +241,14 @@ class Federation:
             answer = self._machine.receive(reply.client, self._machine.key, reply.update)
         return getattr(answer, "message", None)
 
-    def _aggregate(self) -> Aggregate | None:
+    def _release(self, at: AttemptId) -> tuple[Aggregate, float | None] | None:
+        """What the server rule may see of the sum, and the next clip of an adaptive one; None when the attempt is void."""
+        total = self._machine.total
         try:
-            return apply_on_server(self._chain, self._machine.total.aggregate(self._population))
+            if self._central is not None:
+                assert isinstance(total, SumCollector)
+                return self._central.release(at, total, self._state.shared)
+            return apply_on_server(self._chain, total.aggregate(self._population)), None
         except UpdateError as error:
             self._machine.void(error.message)
             return None
@@ -243,13 +257,16 @@ class Federation:
         """An empty one for the machine, which forgets the one before: a sum, or files on disk."""
         if self._collector is not None:
             self._collector.close()
-        self._collector = collector_for(self._strategy, self._initial)
+        counted = self._central is not None and self._central.counted
+        self._collector = collector_for(self._strategy, self._initial, counted=counted)
         return self._collector
 
-    def _next_state(self, at: AttemptId, aggregate: Aggregate) -> ServerState:
+    def _next_state(self, at: AttemptId, aggregate: Aggregate, clip_l2: float | None) -> ServerState:
         """What the server rule makes of the aggregate. A rule that overflows would do so again, so the run ends."""
+        before = replace(self._state, shared=without_clip(self._state.shared))
         with np.errstate(over="ignore", invalid="ignore"):  # looked for in the result
-            state = replace(self._strategy.server_step(self._state, aggregate), round=at.round)
+            state = self._strategy.server_step(before, aggregate)
+        state = replace(state, round=at.round, shared=with_clip(state.shared, clip_l2))
         try:
             for part in PARTS:
                 named.check_finite(getattr(state, part), what=f"round {at.round}: the server's {part}")
@@ -291,7 +308,7 @@ class Federation:
 
     def _evaluation_due(self) -> bool:
         number, every = self._state.round, self._study.evaluate.every
-        due = number > 0 and every > 0 and (number % every == 0 or number == self._study.rounds)
+        due = self._may_score and number > 0 and every > 0 and (number % every == 0 or number == self._study.rounds)
         return due and self._journal.get(self._place("evaluated", number)) is None
 
     def _work(self, at: AttemptId, cohort: tuple[str, ...], digest: str, roster: tuple[str, ...] = ()) -> Work:
@@ -311,6 +328,8 @@ class Federation:
         if self._conditions is not None:
             return self._conditions.cohort(at)
         clients = self._wait_for_clients()
+        if self._central is not None:
+            return self._central.cohort(self._everybody(clients), at)
         return pick_cohort(clients, self._study.cohort.size, self._study.seed, "train", at.round)
 
     def _gather(self) -> Sequence[str]:
@@ -329,7 +348,8 @@ class Federation:
         table = self._study.cohort
         first = self._may_join and self._machine.next_step == Begin(AttemptId(1, 1))
         least = max(table.minimum, self._strategy.min_clients)
-        needed = max(table.wait_for or table.size or 0, least) if first else least
+        planned = self._central.plan.units if self._central is not None else 0
+        needed = max(table.wait_for or table.size or 0, least, planned) if first else least
         clients = self._backend.clients(needed, self._study.runtime.wait_s)
         if len(clients) < needed:
             raise RunFailedError(
@@ -338,17 +358,32 @@ class Federation:
             )
         return clients
 
+    def _everybody(self, here: Sequence[str]) -> Sequence[str]:
+        """All whom a client-level plan counts on: those of the run's beginning. A simulation's are always here."""
+        if not self._may_join:
+            return here
+        place = self._place("everybody")
+        if (known := self._journal.get(place)) is not None:
+            return tuple(json.loads(known))
+        self._journal.write({place: json.dumps(list(here)).encode()})
+        return here
+
     def _fixed_population(self, connected: int) -> int:
         """How many clients the study has: settled when the run begins, since server rules depend on it."""
         place = self._place("population")
         if (known := self._journal.get(place)) is not None:
             return int(known)
+        if self._central is not None:
+            self._central.check_population(connected)
         self._journal.write({place: str(connected).encode()})
         return connected
 
     def _load_state(self) -> ServerState:
         data = self._journal.get(self._place("checkpoint"))
-        return self._strategy.server_init(self._initial) if data is None else state_from_bytes(data, self._initial)
+        if data is not None:
+            return state_from_bytes(data, self._initial)
+        state = self._strategy.server_init(self._initial)
+        return replace(state, shared=with_clip(state.shared, self._central.first_clip if self._central else None))
 
     def _place(self, *parts: str | int) -> str:
         return record_key(parts[0], self._run, *parts[1:])
@@ -363,6 +398,14 @@ def _claims(reply: Fitted | Summed | Failed) -> Iterator[tuple[str, Mapping[str,
             yield from ((client, facts[client], examples) for client, examples in partial.examples.items())
         case Failed(client):
             yield client, {}, 0
+
+
+def _central_plan(study: Study, *, rehearsal: bool) -> CentralPlan | None:
+    if study.privacy is None:
+        return None  # so that a run without privacy loads nothing of it
+    from fedlearn.privacy.central import CentralPlan
+
+    return CentralPlan.of(study, rehearsal=rehearsal)
 
 
 def _past_the_last(rounds: int) -> Begin:

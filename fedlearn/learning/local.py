@@ -21,10 +21,12 @@ from fedlearn.learning.optimizers import ClientOptimizer, make_optimizer
 from fedlearn.learning.strategy import MAIN, ClientStart, Strategy, Trained
 from fedlearn.learning.task import Batch, ClientData, Task, build_model
 from fedlearn.learning.update import Update
+from fedlearn.privacy.study import without_clip
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Array, Arrays
     from fedlearn.learning.strategy import Direction, Tensors
+    from fedlearn.privacy.site import SitePlan
     from fedlearn.study import Study, TrainTable
 
 
@@ -95,6 +97,7 @@ def fit(
     global_model: Arrays,
     shared: Arrays,
     state: Arrays,
+    private: SitePlan | None = None,
 ) -> FitResult:
     """Train one client for one round.
 
@@ -108,6 +111,7 @@ def fit(
         global_model: global weights by name.
         shared: what the server broadcast beside them.
         state: the client's own memory from earlier rounds.
+        private: train the pass that is released by DP-SGD; all that follows from its weights is post-processing.
 
     Returns:
         The raw update (float arrays in the model's dtypes, on the CPU) and the client's new memory.
@@ -115,20 +119,23 @@ def fit(
     device = next(model.parameters()).device
     dtype = torch.float64 if train.precision == "float64" else torch.float32
     model.to(dtype)
-    start = ClientStart(_tensors(global_model, device), _tensors(shared, device), _tensors(state, device))
+    start = _start(global_model, shared, state, device)
     trained: dict[str, Trained] = {}
     facts: dict[str, float] = {}
     for one in strategy.client_passes(start):
         trainer = LocalTrainer(task, model, train, data.train, place, one.name)
         trainer.init(one.initial, one.direction)
-        for rows in trainer.batches():
-            trainer.step(rows)
+        if private is not None and one.name == MAIN:
+            trainer.run_privately(private)
+        else:
+            for rows in trainer.batches():
+                trainer.step(rows)
         trained[one.name] = trainer.final()
-        if one.name == MAIN:
+        if one.name == MAIN and private is None:
             facts = {"loss": trainer.mean_loss, "steps": float(trainer.steps)}
     finish = strategy.client_finish(start, trained)
-    private = {name: _arrays(tensors) for name, tensors in finish.releases.items()}
-    return FitResult(Update(private, examples=len(data.train), facts=facts), _arrays(finish.state))
+    releases = {name: _arrays(tensors) for name, tensors in finish.releases.items()}
+    return FitResult(Update(releases, examples=len(data.train), facts=facts), _arrays(finish.state))
 
 
 class LocalTrainer:
@@ -166,21 +173,44 @@ class LocalTrainer:
 
     def step(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         """One optimiser step on the mean loss of a batch."""
-        assert self._optimizer is not None
         self._model.train()
         x, y = _to_device(self._data, rows, self._device, self._train.precision)
         parameters = list(self._parameters.values())
         with self._chance(), self._autocast():
             losses = self._task.loss(self._model(x), y)
             gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True, materialize_grads=True)
-        if self._direction is None:
-            direction = dict(zip(self._parameters, gradients, strict=True))
-        else:
-            weights = {name: p.detach() for name, p in self._parameters.items()}
-            direction = dict(self._direction(dict(zip(self._parameters, gradients, strict=True)), weights))
-        self._optimizer.step([direction[name] for name in self._parameters])
+        self._descend(dict(zip(self._parameters, gradients, strict=True)))
         self._loss_sum += float(losses.detach().sum())
         self._loss_count += len(rows)
+
+    def run_privately(self, private: SitePlan) -> None:
+        """The steps of a plan: noisy gradients of Poisson batches, each followed like any other gradient.
+
+        Raises:
+            DataError: there are no rows.
+            UnsupportedError: a layer has no per-example gradients.
+        """
+        from fedlearn.privacy.dpsgd import DpSgd
+
+        self._model.train()
+        gradients = DpSgd(
+            self._model, self._losses, len(self._data), private.plan, private.chance, groups=private.groups
+        )
+        for _ in range(private.plan.steps):
+            self._descend(gradients.gradient())
+
+    def _losses(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
+        x, y = _to_device(self._data, rows, self._device, self._train.precision)
+        with self._chance():
+            return self._task.loss(self._model(x), y)
+
+    def _descend(self, gradients: Tensors) -> None:
+        assert self._optimizer is not None
+        direction = gradients
+        if self._direction is not None:
+            weights = {name: p.detach() for name, p in self._parameters.items()}
+            direction = self._direction(gradients, weights)
+        self._optimizer.step([direction[name] for name in self._parameters])
         self.steps += 1
 
     def final(self) -> Trained:
@@ -277,8 +307,11 @@ def predict(
 def client_weights(strategy: Strategy, global_model: Arrays, shared: Arrays, state: Arrays) -> dict[str, Array]:
     """The weights that a client would use: the global ones, or its own where the strategy personalises."""
     cpu = torch.device("cpu")
-    start = ClientStart(_tensors(global_model, cpu), _tensors(shared, cpu), _tensors(state, cpu))
-    return _arrays(strategy.client_model(start))
+    return _arrays(strategy.client_model(_start(global_model, shared, state, cpu)))
+
+
+def _start(global_model: Arrays, shared: Arrays, state: Arrays, device: torch.device) -> ClientStart:
+    return ClientStart(_tensors(global_model, device), _tensors(without_clip(shared), device), _tensors(state, device))
 
 
 def _check_fit(parameters: Mapping[str, torch.nn.Parameter], weights: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from fedlearn.arrays import Array
+    from fedlearn.arrays import Array, Arrays
     from fedlearn.learning.update import Aggregate, Update
     from fedlearn.study import Study
 
@@ -85,9 +85,32 @@ def _towards_zero(exact: npt.NDArray[np.float64], dtype: np.dtype[np.generic]) -
     return np.where(np.abs(rounded) > np.abs(exact), np.nextafter(rounded, np.zeros_like(rounded)), rounded)
 
 
-def chain_of(study: Study) -> tuple[Postprocessor, ...]:
-    """The chain that a study asks for, in the client's order."""
-    return () if study.update.clip_l2 is None else (ClipL2(study.update.clip_l2),)
+@dataclass(frozen=True)
+class Uniform:
+    """Every client counts once, and says nothing beside its update: what a record-level plan does to one that is noisy already."""
+
+    def on_client(self, update: Update) -> Update:
+        return replace(update, examples=1, facts={})
+
+    def on_server(self, aggregate: Aggregate) -> Aggregate:
+        return aggregate
+
+
+def chain_of(study: Study, shared: Arrays | None = None) -> tuple[Postprocessor, ...]:
+    """The chain that a study asks for, in the client's order.
+
+    Args:
+        study: names it.
+        shared: what the server broadcast beside the model; an adaptive clip is there. None on the server, where no step depends on it.
+    """
+    if study.privacy is None:
+        return () if study.update.clip_l2 is None else (ClipL2(study.update.clip_l2),)
+    if study.privacy.unit != "client":
+        return (Uniform(),)
+    from fedlearn.privacy.clipping import Contribute
+    from fedlearn.privacy.study import clip_in
+
+    return (Contribute(clip_in(study.privacy, shared), study.privacy.clipping == "adaptive"),)
 
 
 def apply_on_client(chain: Sequence[Postprocessor], update: Update) -> Update:

@@ -73,10 +73,12 @@ class Batch:
     Args:
         x: shape (n, ...), float32 features or int64 token ids, no NaN.
         y: shape (n, ...), int64 class ids or float32 targets.
+        groups: whose each row is, shape (n,), text; None where the task names nobody, or nobody asked.
     """
 
     x: npt.NDArray[Any]
     y: npt.NDArray[Any]
+    groups: npt.NDArray[Any] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.x)

@@ -28,6 +28,8 @@ class Release:
 
 DELTA = "delta"
 """The release that every strategy has: local weights minus global weights."""
+UNCLIPPED = "unclipped"
+"""The release beside a strategy's own under an adaptive clip: how many updates were within it."""
 
 
 @dataclass(frozen=True)

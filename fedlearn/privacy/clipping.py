@@ -10,18 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from fedlearn.errors import UpdateError
 from fedlearn.learning.postprocess import ClipL2, joint_l2_norm
-from fedlearn.learning.update import Update
+from fedlearn.learning.update import UNCLIPPED, Aggregate, Update
 from fedlearn.privacy.plan import AdaptiveClip, FixedCohort, PoissonSampling, PrivacyPlan
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Array, Arrays
     from fedlearn.privacy.mechanisms import Chance
+
+COUNT: Final = "count"
+"""The one array of the release `UNCLIPPED`, shape (1,)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,29 @@ def contribute(update: Update, clip_l2: float) -> Contribution:
                 )
     clipped = ClipL2(clip_l2).on_client(update)
     return Contribution(replace(clipped, examples=1, facts={}), joint_l2_norm(update) <= clip_l2)
+
+
+@dataclass(frozen=True)
+class Contribute:
+    """What a client-level plan does to an update on its way out: `contribute`, a step of the chain.
+
+    Args:
+        clip_l2: of this round.
+        counted: whether the clip is adaptive, so that one bit goes with the update: 1 where it was within the clip.
+    """
+
+    clip_l2: float
+    counted: bool = False
+
+    def on_client(self, update: Update) -> Update:
+        given = contribute(update, self.clip_l2)
+        if not self.counted:
+            return given.update
+        bit = {COUNT: np.array([given.unclipped], dtype=np.float32)}
+        return replace(given.update, private={**given.update.private, UNCLIPPED: bit})
+
+    def on_server(self, aggregate: Aggregate) -> Aggregate:
+        return aggregate
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ class RoundMachine(Generic[P, A]):
             raise LimitExceededError(
                 f"roster of {len(names)} clients, limit roster_limit is {self._policy.roster_limit}"
             )
-        if not names or len(set(names)) != len(names):
+        if len(names) < min(1, self._policy.min_survivors) or len(set(names)) != len(names):
             raise LocalProtocolError(
                 f"run {self._run}: got a roster of {len(names)} with {len(set(names))} different names"
             )
@@ -300,7 +300,7 @@ class RoundMachine(Generic[P, A]):
         """
         self._log.check_usable()
         self._expect(RoundState.OPEN, "close")
-        if len(self._received) < max(1, self._policy.min_survivors):
+        if len(self._received) < self._policy.min_survivors:
             sent, asked = len(self._received), len(self._roster)
             return self.void(f"{sent} of {asked} clients sent, at least {self._policy.min_survivors} needed")
         self._log.closed(replace(self._log.attempt, survivors=dict(sorted(self._received.items()))))

@@ -141,7 +141,7 @@ class RoundPolicy:
     """What the coordinator allows.
 
     Args:
-        min_survivors: fewer payloads than this make an attempt void.
+        min_survivors: fewer payloads than this make an attempt void. 0: an empty sum is one too, and nobody need be asked.
         max_attempts: attempts at one round; when the last is void the run has failed.
         payload_limit_bytes: the largest payload, or answer to an unmask request, of one client.
         roster_limit: the most clients of one attempt.

@@ -148,16 +148,17 @@ _SIZES: Final = {
 def to_bytes(message: Message) -> bytes:
     """One message as it travels."""
     envelope = pb.Envelope(version=VERSION)
-    _fill(getattr(envelope, _NAMES[type(message)]), message)
+    fill(getattr(envelope, _NAMES[type(message)]), message)
     return bytes(envelope.SerializeToString(deterministic=True))
 
 
-def _fill(target: Any, message: Any) -> None:
+def fill(target: Any, message: Any) -> None:
+    """Write a message's fields into its protobuf."""
     target.SetInParent()
     for name, value in ((f.name, getattr(message, f.name)) for f in fields(message)):
         if name == "members":
             for member in value:
-                _fill(target.members.add(), member)
+                fill(target.members.add(), member)
         elif name in _SETS:
             setattr(target, name, value.to_bytes(-(-value.bit_length() // 8) or 1, "little"))
         elif isinstance(message, Opening) and name == "shares":
@@ -189,16 +190,17 @@ def from_bytes(data: bytes) -> Message:
         raise _malformed("an empty message")
     if kind is not Masked and len(data) > SMALL_LIMIT_BYTES:
         raise SecureAggregationError(Breach.TOO_LARGE, f"got {len(data)} bytes of {name}, limit is {SMALL_LIMIT_BYTES}")
-    message: Message = _read(kind, getattr(envelope, name))
+    message: Message = from_fields(kind, getattr(envelope, name))
     return message
 
 
-def _read(kind: type, source: Any) -> Any:
+def from_fields(kind: type, source: Any) -> Any:
+    """A message from its protobuf's fields; raises as `from_bytes`."""
     values: dict[str, Any] = {}
     for name in (f.name for f in fields(kind)):
         value = getattr(source, name)
         if name == "members":
-            values[name] = tuple(_read(CheckIn, member) for member in _counted(name, value))
+            values[name] = tuple(from_fields(CheckIn, member) for member in _counted(name, value))
         elif kind is Opening and name == "shares":
             if len(value) % SHARE_BYTES:
                 raise _malformed(f"shares of {len(value)} bytes, expected a multiple of {SHARE_BYTES}")

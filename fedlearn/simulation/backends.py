@@ -64,6 +64,10 @@ def make_backend(
     check_backend(name)
     if address is not None and name != "ray":
         raise UnsupportedError(f"address {address!r} with backend {name!r}", hint="an address goes with --backend ray")
+    if study.privacy is not None and name in {"batched", "ray"}:
+        raise UnsupportedError(
+            f"backend {name!r} with [privacy]: clients train one by one", hint="--backend sequential"
+        )
     if name == "auto":
         name = chosen(study, len(population.rows))
     if name == "sequential":
@@ -81,5 +85,7 @@ def make_backend(
 
 def chosen(study: Study, population: int) -> str:
     """What `auto` stands for in a study with so many clients."""
+    if study.privacy is not None:
+        return "sequential"
     cohort = min(study.cohort.size or population, population)
     return "sequential" if cohort <= SEQUENTIAL_COHORT else "batched"

@@ -253,6 +253,7 @@ def run_ready(
                 emit=manner.emit,
                 should_stop=manner.should_stop,
                 may_join=False,
+                rehearsal=True,
                 conditions=world,
             ).run()
     finally:

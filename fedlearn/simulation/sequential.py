@@ -11,6 +11,7 @@ from fedlearn.learning.memory import Memories, MemoriesInRam
 from fedlearn.learning.postprocess import apply_on_client, chain_of
 from fedlearn.learning.rows import in_order
 from fedlearn.learning.task import build_model
+from fedlearn.privacy.site import site_plan
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,6 @@ class SequentialBackend:
         memories: Memories | None = None,
     ) -> None:
         self._study, self._population, self._strategy = study, population, strategy
-        self._chain = chain_of(study)
         self._model = build_model(population.task, study.seed).to(device)
         self._memories = memories if memories is not None else MemoriesInRam()
 
@@ -49,11 +49,12 @@ class SequentialBackend:
         return in_order(self._population.client_ids)
 
     def fit(self, work: Work) -> Iterator[Fitted | Failed]:
+        chain = chain_of(self._study, work.shared)
         for client in work.cohort:
             try:
                 state = self._memories.at(client, work.base.get(client)) if self._strategy.stateful else {}
                 result = self.fit_one(work, client, state)
-                reply = Fitted(client, apply_on_client(self._chain, result.update))
+                reply = Fitted(client, apply_on_client(chain, result.update))
             except Exception as error:  # a user's task may raise anything; the others' work goes on
                 yield raised(client, error)
                 continue
@@ -63,16 +64,18 @@ class SequentialBackend:
 
     def fit_one(self, work: Work, client: str, state: Arrays) -> local.FitResult:
         """One client's local training; raises whatever it raises."""
+        data = self._population.client(client)
         return local.fit(
             self._population.task,
             self._model,
             self._strategy,
             self._study.train,
-            self._population.client(client),
+            data,
             place=local.Place(self._study.seed, work.round, client),
             global_model=work.model,
             shared=work.shared,
             state=state,
+            private=site_plan(self._study, work.round, client, data.train, rehearsal=True),
         )
 
     def evaluate(self, work: Work) -> Iterator[Scored | Failed]:

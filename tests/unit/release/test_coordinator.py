@@ -291,10 +291,13 @@ class TestVoid:
         assert run.begin().attempt == 2
         assert run.machine.reason == ""
 
-    def test_nobody_is_too_few_whatever_the_policy_says(self) -> None:
+    def test_nobody_is_enough_where_the_policy_says_so(self) -> None:
         run = Run(RoundPolicy(min_survivors=0))
         run.begin()
-        assert run.machine.close() is RoundState.VOID
+        assert run.machine.close() is RoundState.SUMMED
+        assert run.machine.survivors == ()
+        run.machine.commit(b"noise alone")
+        assert run.machine.next_step == Begin(AttemptId(2, 1))
 
     def test_the_cap_on_attempts(self) -> None:
         run = Run(RoundPolicy(max_attempts=2))

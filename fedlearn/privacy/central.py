@@ -1,0 +1,119 @@
+"""A client-level plan at the coordinator: who is drawn, and what is released of a round's sum.
+
+Membership of a cohort and its size are secrets that the guarantee rests on: nothing that a reader of the model sees may depend on them but
+through the noisy sum. So a round goes on with whoever comes, nobody at all included, is divided by what the plan expects, and tells the
+server rule the plan's numbers in place of the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedlearn.errors import RunFailedError
+from fedlearn.learning.cohort import pick_cohort
+from fedlearn.learning.rows import in_order
+from fedlearn.learning.update import UNCLIPPED, Aggregate
+from fedlearn.privacy.clipping import COUNT, central_release, denominator
+from fedlearn.privacy.plan import AdaptiveClip, FixedCohort, PoissonSampling, PrivacyPlan
+from fedlearn.privacy.study import chance_for, clip_in, is_seeded, plan_of
+
+if TYPE_CHECKING:
+    from fedlearn.aggregation.linear import IntegerSum
+    from fedlearn.arrays import Arrays
+    from fedlearn.learning.collect import SumCollector
+    from fedlearn.release.keys import AttemptId
+    from fedlearn.study import Study
+
+
+@dataclass(frozen=True)
+class CentralPlan:
+    """Draws cohorts and adds the noise of one study.
+
+    Args:
+        study: asks for client-level privacy.
+        plan: the study's.
+        rehearsal: True in a simulation; see `fedlearn.privacy.study.is_seeded`.
+    """
+
+    study: Study
+    plan: PrivacyPlan
+    rehearsal: bool
+
+    @classmethod
+    def of(cls, study: Study, *, rehearsal: bool) -> CentralPlan | None:
+        """Of a study; None where it asks for no client-level privacy."""
+        if study.privacy is None or study.privacy.unit != "client":
+            return None
+        plan = plan_of(study)
+        assert plan is not None
+        return cls(study, plan, rehearsal)
+
+    @property
+    def counted(self) -> bool:
+        """Whether a bit goes with each update, for an adaptive clip."""
+        return isinstance(self.plan.clipping, AdaptiveClip)
+
+    @property
+    def first_clip(self) -> float | None:
+        """What an adaptive clip starts from; None where it is fixed."""
+        return self.plan.clipping.initial_l2 if isinstance(self.plan.clipping, AdaptiveClip) else None
+
+    def check_population(self, clients: int) -> None:
+        """Refuse a population that is smaller than the plan's.
+
+        Raises:
+            RunFailedError: it is.
+        """
+        if clients < self.plan.units:
+            raise RunFailedError(
+                f"privacy: {clients} clients are here, the plan is for {self.plan.units} at the least",
+                hint="start the missing clients, or state a smaller privacy.units; that needs more noise for the same epsilon",
+            )
+
+    def cohort(self, clients: Sequence[str], at: AttemptId) -> tuple[str, ...]:
+        """Who is asked in an attempt: drawn as the plan says, sorted.
+
+        Args:
+            at: the attempt.
+            clients: for a fixed cohort all whom the plan counts on, here or not: a drawn client that is away is not replaced.
+        """
+        chance = chance_for(self.study, "cohort", at.round, at.attempt, rehearsal=self.rehearsal)
+        ordered = in_order(clients)
+        match self.plan.sampling:
+            case PoissonSampling(rate):
+                return tuple(ordered.at(int(i)) for i in np.flatnonzero(chance.coins(len(ordered), rate)))
+            case FixedCohort(size, _):
+                if is_seeded(self.study, rehearsal=self.rehearsal):
+                    return pick_cohort(clients, size, self.study.seed, "train", at.round)
+                first = np.argpartition(chance.uniform(len(ordered)), size - 1)[
+                    :size
+                ]  # the smallest of as many numbers
+                return tuple(ordered.at(int(i)) for i in np.sort(first))
+            case _:
+                return tuple(ordered)
+
+    def release(self, at: AttemptId, total: SumCollector, shared: Arrays) -> tuple[Aggregate, float | None]:
+        """What a round's sum becomes before anything is made of it.
+
+        Args:
+            at: the attempt; its noise is drawn for it.
+            total: the exact sum.
+            shared: what was broadcast, for the clip that was used.
+
+        Returns:
+            Noisy means under the plan's own numbers of clients, and the next clip; None where it is fixed.
+        """
+        table = self.study.privacy
+        assert table is not None
+        sums: Mapping[str, IntegerSum] = total.sums
+        unclipped = int(sums[UNCLIPPED].total()[COUNT][0]) if self.counted else 0
+        exact = {name: one.total() for name, one in sums.items() if name != UNCLIPPED}
+        chance = chance_for(self.study, "noise", at.round, at.attempt, rehearsal=self.rehearsal)
+        made = central_release(self.plan, clip_in(table, shared), exact, unclipped, total.clients, chance)
+        clients = max(1, round(denominator(self.plan)))
+        aggregate = Aggregate(made.means, clients=clients, population=self.plan.units, examples=clients)
+        return aggregate, made.clip_l2 if self.counted else None

@@ -1,0 +1,59 @@
+"""A record- or group-level plan at a client: what local training needs of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fedlearn.errors import DataError
+from fedlearn.privacy.plan import Unit
+from fedlearn.privacy.study import chance_for, plan_of
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from fedlearn.learning.task import Batch
+    from fedlearn.privacy.mechanisms import Chance
+    from fedlearn.privacy.plan import PrivacyPlan
+    from fedlearn.study import Study
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """How one client trains in one round.
+
+    Args:
+        plan: of its records or groups.
+        chance: of batches and noise.
+        groups: the group of each training row, shape (rows,), for a group-level plan.
+    """
+
+    plan: PrivacyPlan
+    chance: Chance
+    groups: npt.NDArray[Any] | None = field(default=None, repr=False)
+
+
+def site_plan(study: Study, round_number: int, client: str, train: Batch, *, rehearsal: bool) -> SitePlan | None:
+    """What a client's training in a round must keep to; None where the study has no plan for records or groups.
+
+    Args:
+        study: may ask for privacy.
+        round_number: of the seeded mode's noise.
+        client: likewise.
+        train: the client's training rows.
+        rehearsal: True in a simulation; see `fedlearn.privacy.study.is_seeded`.
+
+    Raises:
+        DataError: the client has as many units that delta promises nothing to them.
+    """
+    if study.privacy is None or study.privacy.unit == "client":
+        return None
+    plan = plan_of(study)
+    assert plan is not None
+    if plan.delta * len(train) >= 1:
+        raise DataError(
+            f"privacy: delta is {plan.delta:g}, this client's rows need less than 1 over their number",
+            hint="a smaller privacy.delta",
+        )
+    chance = chance_for(study, "dp-sgd", round_number, client, rehearsal=rehearsal)
+    return SitePlan(plan, chance, train.groups if plan.unit is Unit.GROUP else None)

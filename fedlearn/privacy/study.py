@@ -1,0 +1,127 @@
+"""From a study to its plan: the one place where the table [privacy] becomes a `PrivacyPlan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import numpy as np
+
+from fedlearn.errors import RemoteProtocolError, StudyError
+from fedlearn.privacy.plan import (
+    AdaptiveClip,
+    Clipping,
+    Everyone,
+    FixedClip,
+    FixedCohort,
+    PoissonSampling,
+    PrivacyPlan,
+    Sampling,
+    Unit,
+)
+
+if TYPE_CHECKING:
+    from fedlearn.arrays import Array, Arrays
+    from fedlearn.privacy.mechanisms import Chance
+    from fedlearn.privacy.table import PrivacyTable
+    from fedlearn.study import Study
+
+T = TypeVar("T")
+
+CLIP: Final = "privacy/clip_l2"
+"""An adaptive clip among what the server broadcasts beside the model, and keeps with it; shape (), float64."""
+UNITS: Final = 100
+"""Of a client, where a study does not say: only what sums are divided by depends on it."""
+
+
+def plan_of(study: Study) -> PrivacyPlan | None:
+    """The study's plan, its noise found where it asks for a budget; None where it asks for no privacy.
+
+    Raises:
+        StudyError: the numbers do not fit each other; the message says which and why.
+    """
+    if study.privacy is None:
+        return None
+    return _plan(study.privacy, study.rounds, study.cohort.size, study.cohort.rate, study.data.clients)
+
+
+@lru_cache(maxsize=64)
+def _plan(table: PrivacyTable, rounds: int, size: int | None, rate: float | None, clients: int | None) -> PrivacyPlan:
+    unit = Unit(table.unit)
+    units = table.units
+    if units is None:
+        units = clients if unit is Unit.CLIENT else UNITS
+    if units is None:
+        raise StudyError(
+            "privacy.units: missing; the data names the clients, so the study must say how many there are at the least",
+            hint="a public number: sums are divided by it, and delta must be below 1 / units",
+        )
+    plan = PrivacyPlan(
+        unit,
+        _client_sampling(size, rate, units) if unit is Unit.CLIENT else PoissonSampling(table.sampling_rate),
+        _clipping(table),
+        table.noise_multiplier or 1.0,
+        table.delta,
+        units,
+        rounds,
+        1 if unit is Unit.CLIENT else table.steps,
+    )
+    if table.epsilon is None:
+        return plan
+    from fedlearn.privacy.accounting import calibrated
+
+    return calibrated(plan, table.epsilon)
+
+
+def _client_sampling(size: int | None, rate: float | None, units: int) -> Sampling:
+    if rate is not None:
+        return PoissonSampling(rate)
+    return Everyone() if size is None else FixedCohort(size, units)
+
+
+def _clipping(table: PrivacyTable) -> Clipping:
+    if table.clipping == "fixed":
+        return FixedClip(table.clip_l2)
+    return AdaptiveClip(table.clip_l2, quantile=table.quantile, rate=table.clip_rate)
+
+
+def with_clip(shared: Arrays, clip_l2: float | None) -> dict[str, Array]:
+    """What is broadcast beside the model, with the clip in it where there is an adaptive one."""
+    return {**shared} if clip_l2 is None else {**shared, CLIP: np.array(clip_l2)}
+
+
+def without_clip(shared: Mapping[str, T]) -> dict[str, T]:
+    """What the strategy shares: the plan's own is not its business."""
+    return {name: value for name, value in shared.items() if name != CLIP}
+
+
+def clip_in(table: PrivacyTable, shared: Arrays | None) -> float:
+    """The clip of a client-level plan in this round; the first one where nothing was broadcast yet (None).
+
+    Raises:
+        RemoteProtocolError: it is adaptive and was not broadcast, or is no positive number.
+    """
+    if table.clipping == "fixed" or shared is None:
+        return table.clip_l2
+    clip = shared.get(CLIP)
+    if clip is None or clip.shape != () or clip.dtype != np.float64 or not 0 < float(clip) < np.inf:
+        raise RemoteProtocolError(f"message: {CLIP!r} is no positive number, and the study's clip is adaptive")
+    return float(clip)
+
+
+def is_seeded(study: Study, *, rehearsal: bool) -> bool:
+    """Whether chance follows from the study's seed, so that nothing is private.
+
+    Args:
+        study: asks for privacy.
+        rehearsal: True in a simulation, where all data are in one place and nothing is hidden.
+    """
+    return rehearsal or (study.privacy is not None and study.privacy.seeded)
+
+
+def chance_for(study: Study, *path: str | int, rehearsal: bool) -> Chance:
+    """Chance for one purpose; see `mechanisms.Chance`. Asked again for the same, a seeded study gets the same."""
+    from fedlearn.privacy.mechanisms import secret_chance, seeded_chance
+
+    return seeded_chance(study.seed, *path) if is_seeded(study, rehearsal=rehearsal) else secret_chance()
