@@ -93,6 +93,8 @@ class RoundMachine(Generic[P, A]):
         self._exchange = exchange
         self._state = _state_of(self._log)
         self._empty()
+        if self._state is RoundState.REFILL and not self.waiting:
+            self._unmask()  # the sum of nobody's payloads is here already
 
     @property
     def state(self) -> RoundState:

@@ -295,7 +295,9 @@ class TestVoid:
         run = Run(RoundPolicy(min_survivors=0))
         run.begin()
         assert run.machine.close() is RoundState.SUMMED
-        assert run.machine.survivors == ()
+        for machine in (run.machine, run.restart()):
+            assert machine.state is RoundState.SUMMED, "nothing is missing of an empty sum"
+            assert machine.survivors == ()
         run.machine.commit(b"noise alone")
         assert run.machine.next_step == Begin(AttemptId(2, 1))
 
