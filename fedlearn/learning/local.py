@@ -190,12 +190,8 @@ class LocalTrainer:
             DataError: there are no rows.
             UnsupportedError: a layer has no per-example gradients.
         """
-        from fedlearn.privacy.dpsgd import DpSgd
-
         self._model.train()
-        gradients = DpSgd(
-            self._model, self._losses, len(self._data), private.plan, private.chance, groups=private.groups
-        )
+        gradients = private.gradients(self._model, self._losses, len(self._data))
         for _ in range(private.plan.steps):
             self._descend(gradients.gradient())
 

@@ -11,8 +11,10 @@ from fedlearn.privacy.study import chance_for, plan_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from torch import nn
 
     from fedlearn.learning.task import Batch
+    from fedlearn.privacy.dpsgd import DpSgd, Losses
     from fedlearn.privacy.mechanisms import Chance
     from fedlearn.privacy.plan import PrivacyPlan
     from fedlearn.study import Study
@@ -31,6 +33,12 @@ class SitePlan:
     plan: PrivacyPlan
     chance: Chance
     groups: npt.NDArray[Any] | None = field(default=None, repr=False)
+
+    def gradients(self, model: nn.Module, losses: Losses, rows: int) -> DpSgd:
+        """What its steps follow; see `DpSgd`."""
+        from fedlearn.privacy.dpsgd import DpSgd
+
+        return DpSgd(model, losses, rows, self.plan, self.chance, groups=self.groups)
 
 
 def site_plan(study: Study, round_number: int, client: str, train: Batch, *, rehearsal: bool) -> SitePlan | None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from fedlearn.arrays import Arrays
     from fedlearn.learning.strategy import Strategy
-    from fedlearn.learning.task import Population
+    from fedlearn.learning.task import Batch, Population
+    from fedlearn.privacy.site import SitePlan
     from fedlearn.study import Study
 
 
@@ -75,8 +76,12 @@ class SequentialBackend:
             global_model=work.model,
             shared=work.shared,
             state=state,
-            private=site_plan(self._study, work.round, client, data.train, rehearsal=True),
+            private=self.private(work, client, data.train),
         )
+
+    def private(self, work: Work, client: str, train: Batch) -> SitePlan | None:
+        """The plan that a client's training keeps to, if the study has one for records or groups."""
+        return site_plan(self._study, work.round, client, train, rehearsal=True)
 
     def evaluate(self, work: Work) -> Iterator[Scored | Failed]:
         for client in work.cohort:
