@@ -26,7 +26,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 from fedlearn.errors import LocalProtocolError, StateError
 from fedlearn.release.charge import Book, Charge, Charger
@@ -43,44 +42,7 @@ from fedlearn.release.records import (
     SitePolicy,
     Status,
 )
-
-_Slot = tuple[AttemptId, str]
-_BEFORE_ALL = AttemptId(0, 0)
-_DROPPED = (Status.MISSED, Status.VOID)
-
-
-@dataclass(frozen=True)
-class _Hold:
-    """A reservation: in memory only."""
-
-    key: ReleaseKey
-    request_sha256: str
-    charge: Charge | None
-
-
-@dataclass
-class _Run:
-    """What the gate knows of one run. `holds`, and of `latest` what was asked for and not committed, die with the process."""
-
-    base: AttemptId | None = None
-    state_at: AttemptId | None = None
-    releases: dict[_Slot, Release] = field(default_factory=dict)
-    holds: dict[_Slot, _Hold] = field(default_factory=dict)
-    latest: AttemptId = _BEFORE_ALL
-
-    def statuses(self, at: AttemptId) -> set[Status]:
-        return {release.status for (when, _), release in self.releases.items() if when == at}
-
-    def has_state(self, at: AttemptId) -> bool:
-        return any(release.has_state for (when, _), release in self.releases.items() if when == at)
-
-    def voids(self) -> int:
-        return len({at for (at, _), release in self.releases.items() if release.status is Status.VOID})
-
-    def advance(self, at: AttemptId) -> None:
-        """Go on to an attempt: reservations of earlier ones are dropped."""
-        self.latest = max(self.latest, at)
-        self.holds = {slot: hold for slot, hold in self.holds.items() if slot[0] >= self.latest}
+from fedlearn.release.site_run import DROPPED, Hold, SiteRun, check_base, mismatch, outcome
 
 
 class SiteGate:
@@ -104,7 +66,7 @@ class SiteGate:
         self._charger = charger
         self._policy = policy if policy is not None else SitePolicy()
         self._book = book
-        self._runs: defaultdict[str, _Run] = defaultdict(_Run)
+        self._runs: defaultdict[str, SiteRun] = defaultdict(SiteRun)
         self._failed = False
         for name, data in journal.scan("release/"):
             release = Release.from_record(data, what=name)
@@ -138,6 +100,20 @@ class SiteGate:
             return None
         return self._noted(key, charge, refused)
 
+    def foresee(self, run: str, charge: Charge) -> Refused | None:
+        """Whether a run's charge would fit now, before anything is asked of the run. A refusal is noted; nothing is charged or reserved.
+
+        Args:
+            run: the run's name.
+            charge: what its first release will cost, or the whole run's.
+        """
+        self._check_usable()
+        key = admission_key(run, charge)
+        if self._book is not None and self._book.has(key):
+            return None
+        refused = self._weigh(key, charge)
+        return None if refused is None else self._noted(key, charge, refused)
+
     def reserve(
         self, key: ReleaseKey, *, base: AttemptId | None = None, charge: Charge | None = None, request: bytes = b""
     ) -> Reserved | Finished | InProgress | Refused:
@@ -162,7 +138,7 @@ class SiteGate:
     ) -> Reserved | Finished | InProgress | Refused:
         run = self._runs[key.run]
         asked = hashlib.sha256(request).hexdigest() if request else ""
-        if (refused := _mismatch(run, key, asked)) is not None:
+        if (refused := mismatch(run, key, asked)) is not None:
             return refused
         if (known := run.releases.get((key.at, key.exchange))) is not None:
             return self._again(known)
@@ -186,7 +162,7 @@ class SiteGate:
             return Refused(Refusal.NOTHING_TO_UNMASK, f"{key}: no update of this attempt left this site")
         if charge is not None and (refused := self._weigh(key, charge)) is not None:
             return refused
-        run.holds[key.at, key.exchange] = _Hold(key, asked, charge)
+        run.holds[key.at, key.exchange] = Hold(key, asked, charge)
         return Reserved(key, self.state(key.run))
 
     def commit(self, key: ReleaseKey, payload: bytes, *, state: bytes | None = None) -> Finished | Refused:
@@ -288,12 +264,12 @@ class SiteGate:
         """
         self._check_usable()
         known = self._runs[run]
-        if (refused := _check_base(known, run, base, upto)) is not None:
+        if (refused := check_base(known, run, base, upto)) is not None:
             return refused
         moves = [
             (release, status)
             for (at, _), release in known.releases.items()
-            if STATUS_TRANSITIONS[release.status] and (status := _outcome(at, known.base, base, upto)) is not None
+            if STATUS_TRANSITIONS[release.status] and (status := outcome(at, known.base, base, upto)) is not None
         ]
         changes: dict[str, bytes | None] = {}
         state_at = known.state_at
@@ -348,7 +324,7 @@ class SiteGate:
         for release in moved:
             changes[_place("release", release.key)] = release.to_record()
             changes[_place("payload", release.key)] = None
-            if release.has_state and release.status in _DROPPED:
+            if release.has_state and release.status in DROPPED:
                 changes[_state_place(release.key.run, release.key.at)] = None
         if changes:
             self._write(changes)
@@ -403,41 +379,6 @@ def _reconcile(releases: Iterable[Release], book: Book) -> None:
             book.charge(release.key, release.charge)
         if release.charge is not None and release.status is Status.VOID:
             book.void(release.key)
-
-
-def _mismatch(run: _Run, key: ReleaseKey, asked: str) -> Refused | None:
-    """Refuse an exchange that is already bound to another broadcast or another request."""
-    bound = run.releases.get((key.at, key.exchange)) or run.holds.get((key.at, key.exchange))
-    if bound is not None and bound.key.model_digest != key.model_digest:
-        return Refused(Refusal.OTHER_MODEL, f"{key}: already answered for model {bound.key.model_digest[:12]}")
-    if bound is not None and bound.request_sha256 != asked:
-        return Refused(Refusal.OTHER_REQUEST, f"{key}: already answered for another request")
-    return None
-
-
-def _check_base(known: _Run, run: str, base: AttemptId | None, upto: AttemptId | None) -> Refused | None:
-    if base == known.base:
-        return None
-    if base is None or (known.base is not None and base < known.base):
-        return Refused(Refusal.CONTRADICTION, f"{run}: base is {base}, {known.base} was called committed before")
-    if upto is not None and base > upto:
-        return Refused(Refusal.CONTRADICTION, f"{run}: base is {base}, later than the {upto} that is asked for")
-    statuses = known.statuses(base)
-    if not statuses:
-        return Refused(Refusal.UNKNOWN_BASE, f"{run}: base is {base}, this site has committed nothing in it")
-    if statuses & set(_DROPPED):
-        return Refused(Refusal.CONTRADICTION, f"{run}: base is {base}, which was given up before")
-    return None
-
-
-def _outcome(at: AttemptId, was: AttemptId | None, base: AttemptId | None, upto: AttemptId | None) -> Status | None:
-    """What became of an attempt, or None while it is open."""
-    if at in (was, base):
-        return Status.COUNTED
-    if upto is not None and at >= upto:
-        return None
-    superseded = any(later is not None and later.round == at.round and later > at for later in (base, upto))
-    return Status.VOID if superseded else Status.MISSED
 
 
 def _place(kind: str, key: ReleaseKey) -> str:
