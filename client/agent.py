@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from typing import TYPE_CHECKING, Any
 
 from client import sandbox
+from client.accounts import LEDGERS, Accounts, ledger_folder, signing_key
 from client.crew import Crew
 from client.policy import SiteRules, load_rules
 from client.process import WorkerRaisedError
@@ -19,6 +21,7 @@ from fedlearn.link import LinkClient, TlsBundle
 from fedlearn.link import events as link_events
 from fedlearn.link.tls import Role
 from fedlearn.lock import FolderLock
+from fedlearn.privacy.budget import EpsilonCharger
 from fedlearn.release.charge import CostCharger
 from fedlearn.release.records import SitePolicy
 from fedlearn.release.site import SiteGate
@@ -51,10 +54,28 @@ def join(options: AgentOptions) -> int:
     with FolderLock(options.state_dir, "an agent"):
         journal = SqliteJournal(options.state_dir / "releases")
         try:
-            gate = SiteGate(journal, CostCharger({}), SitePolicy(max_voids_per_run=rules.max_voids_per_run))
-            return asyncio.run(_serve(options, bundle, app, rules, gate))
+            with _accounts(options, bundle, rules) as accounts:
+                charger = CostCharger({}) if accounts is None else EpsilonCharger(rules.accounts())
+                book = None if accounts is None else accounts.ledger
+                gate = SiteGate(journal, charger, SitePolicy(max_voids_per_run=rules.max_voids_per_run), book)
+                return asyncio.run(_serve(options, bundle, app, rules, gate, accounts))
         finally:
             journal.close()
+
+
+def _accounts(
+    options: AgentOptions, bundle: TlsBundle, rules: SiteRules
+) -> contextlib.AbstractContextManager[Accounts | None]:
+    """The ledger of the site's data; None where the policy has no budget."""
+    if not rules.budgets.units:
+        if (options.state_dir / LEDGERS).exists():
+            log.warning(
+                "the policy has no [budgets], and earlier runs were charged: what is asked from now on is not counted"
+            )
+        return contextlib.nullcontext()
+    assert rules.dataset is not None
+    folder = ledger_folder(options.state_dir, rules.dataset)
+    return Accounts(folder, bundle.identity.name, rules.dataset, signing_key(bundle), rules.accounts())
 
 
 def client_bundle(options: AgentOptions) -> TlsBundle:
@@ -81,6 +102,11 @@ def site_rules(options: AgentOptions, app: App) -> SiteRules:
     rules = load_rules(options.policy)
     if app.native and options.task is None:
         raise StudyError("client: no --task", hint="name the task that this site takes part in, such as hospital/heart")
+    if not app.native and rules.budgets.units:
+        raise StudyError(
+            "policy: budgets: nothing of a foreign app is charged, so they would promise what nobody keeps",
+            hint="start this site without --app, or without [budgets]",
+        )
     return rules.with_defaults(options.task or "", app.digest)
 
 
@@ -94,7 +120,9 @@ def node_config(options: AgentOptions, name: str) -> dict[str, Any]:
     return config
 
 
-async def _serve(options: AgentOptions, bundle: TlsBundle, app: App, rules: SiteRules, gate: SiteGate) -> int:
+async def _serve(
+    options: AgentOptions, bundle: TlsBundle, app: App, rules: SiteRules, gate: SiteGate, accounts: Accounts | None
+) -> int:
     told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
         asyncio.get_running_loop().add_signal_handler(number, _tell, told, code)
@@ -102,7 +130,10 @@ async def _serve(options: AgentOptions, bundle: TlsBundle, app: App, rules: Site
     crew = Crew(own_root(), None if app.root == own_root() and app.native else options.app_dir, name)
     config = node_config(options, name)
     handle: Callable[[Message], Awaitable[Message]]
-    handle = Site(crew, rules, gate, config).handle if app.native else ForeignSite(crew, config, app.config).handle
+    if app.native:
+        handle = Site(crew, rules, gate, config, accounts).handle
+    else:
+        handle = ForeignSite(crew, config, app.config).handle
     facts = {"task": options.task or "", "device": options.device}
     client = LinkClient(options.server, bundle, handle, facts, emit=_log_event)
     link = asyncio.create_task(client.run(), name="link")

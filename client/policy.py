@@ -4,23 +4,79 @@ from __future__ import annotations
 
 import tomllib
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from fedlearn.errors import PolicyRefusedError, StudyError
+from fedlearn.privacy.budget import Budget, StopRule
+from fedlearn.strict import STRICT
 from fedlearn.study import Study, study_from_json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from fedlearn.learning.messages import Request
+    from fedlearn.privacy.table import PrivacyTable
+
+SEEDED = "/seeded"
+"""What the accounts of rehearsals end with: their noise can be drawn again, so they say nothing of privacy."""
+UNIT_NAMES = ("record", "group", "client")
+DatasetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=100)]
+
+
+class BudgetTable(BaseModel):
+    """[budgets.record], [budgets.group] or [budgets.client]: the most that studies may spend of this site's data, all of them together."""
+
+    model_config = STRICT
+
+    epsilon: Annotated[float, Field(gt=0)]
+    """The most that all charges together may come to."""
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    """Of that epsilon; below 1 / the number of records, people or clients."""
+    rule: StopRule = Field(StopRule.ADAPTIVE, strict=False)
+    """How charges add up; an account keeps its rule for life. See `fedlearn.privacy.budget`."""
+    order: Annotated[float, Field(gt=1)] | None = None
+    """Of the adaptive rule's divergences."""
+
+    @model_validator(mode="after")
+    def _has_room(self) -> BudgetTable:
+        try:
+            self.budget()
+        except StudyError as error:
+            raise ValueError(str(error).replace("\n", ";")) from None
+        return self
+
+    def budget(self) -> Budget:
+        """As the ledger knows it."""
+        return Budget(self.epsilon, self.delta, self.rule, self.order)
+
+
+class BudgetTables(BaseModel):
+    """[budgets]: one for each unit that studies may protect."""
+
+    model_config = STRICT
+
+    record: BudgetTable | None = None
+    group: BudgetTable | None = None
+    client: BudgetTable | None = None
+
+    def of(self, unit: str) -> BudgetTable | None:
+        """The budget of a unit; None where the site has none."""
+        found: BudgetTable | None = getattr(self, unit)
+        return found
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Units that have a budget."""
+        return tuple(unit for unit in UNIT_NAMES if self.of(unit) is not None)
 
 
 class SiteRules(BaseModel):
     """A policy file: TOML with these keys and no others."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = STRICT
 
     tasks: tuple[str, ...] = ()
     """Tasks that may be run, by name. Empty: the one that the client was started with."""
@@ -32,12 +88,37 @@ class SiteRules(BaseModel):
     """Studies with more rounds are refused."""
     max_voids_per_run: Annotated[int, Field(ge=0)] = 3
     """Attempts that a server may give up after this site's update could have left; the next one is refused."""
-    seeded: bool = True
-    """Whether runs whose randomness derives from the study's seed are admitted. They are reproducible, hence not private."""
+    dataset: DatasetName | None = None
+    """The name of this site's data in its ledger. Whatever runs on the same data must have the same name. None: the task's name."""
+    budgets: BudgetTables = BudgetTables()
+    """What studies may spend. With any, a study without a plan for this data is refused."""
+    seeded: bool | None = None
+    """Whether studies are admitted whose randomness all derives from a seed: those without [privacy], and rehearsals of private ones. They
+    are reproducible, hence not private. None: only where there is no budget."""
 
     def with_defaults(self, task: str, app: str) -> SiteRules:
         """The rules with the command line's task and the installed app where the file names none."""
-        return self.model_copy(update={"tasks": self.tasks or (task,), "apps": self.apps or (app,)})
+        tasks = self.tasks or (task,)
+        named = self.dataset or tasks[0]
+        return self.model_copy(update={"tasks": tasks, "apps": self.apps or (app,), "dataset": named})
+
+    @property
+    def admits_seeded(self) -> bool:
+        """Whether runs that are not private are admitted."""
+        return not self.budgets.units if self.seeded is None else self.seeded
+
+    def account(self, table: PrivacyTable) -> str:
+        """What a study's charges are charged to."""
+        return f"{self.dataset}/{table.unit}" + (SEEDED if table.seeded else "")
+
+    def accounts(self) -> Mapping[str, Budget]:
+        """Every account's budget. Rehearsals have one of their own of the same size, so that they end where the real run would."""
+        tables = {unit: table for unit in self.budgets.units if (table := self.budgets.of(unit)) is not None}
+        return {
+            f"{self.dataset}/{unit}{kind}": table.budget()
+            for unit, table in tables.items()
+            for kind in (("", SEEDED) if self.admits_seeded else ("",))
+        }
 
     def admit(self, request: Request) -> Study:
         """The study of a request, if every rule admits it.
@@ -47,8 +128,6 @@ class SiteRules(BaseModel):
             StudyError: the manifest is no study.
         """
         study = _study(request.study)
-        if not self.seeded:
-            raise PolicyRefusedError("policy: seeded = false, and this version of fedlearn runs seeded studies only")
         for rule, asked, admitted in (
             ("tasks", study.task.name, self.tasks),
             ("strategies", study.strategy.name, self.strategies),
@@ -63,7 +142,35 @@ class SiteRules(BaseModel):
             raise PolicyRefusedError(
                 f"policy: max_rounds: the study has {study.rounds}, this site admits {self.max_rounds}"
             )
+        if study.privacy is None:
+            self._check_plain()
+        else:
+            self._check_private(study.privacy)
         return study
+
+    def _check_plain(self) -> None:
+        if self.budgets.units:
+            raise PolicyRefusedError(
+                f"policy: budgets: this site counts what is spent of {self.dataset!r}, and the study has no [privacy]: what it "
+                "would learn has no bound",
+                hint=f'add [privacy] with unit = "{self.budgets.units[0]}" to the study',
+            )
+        if not self.admits_seeded:
+            raise PolicyRefusedError("policy: seeded = false, and the study has no [privacy]: nothing of it is private")
+
+    def _check_private(self, table: PrivacyTable) -> None:
+        if self.budgets.of(table.unit) is None:
+            raise PolicyRefusedError(
+                f"policy: budgets: the study protects each {table.unit} of {self.dataset!r}, and this site has no budget for that",
+                hint="whoever answers for the data may add to the site's policy file:\n"
+                f"    [budgets.{table.unit}]\n    epsilon = {table.epsilon or 3.0:g}\n    delta = {table.delta:g}\n"
+                '    rule = "fixed"  # exact for studies of one kind; leave it out where several kinds share the data',
+            )
+        if table.seeded and not self.admits_seeded:
+            raise PolicyRefusedError(
+                "policy: seeded: the study derives its noise from its seed, so it is not private; this site admits no rehearsals",
+                hint="set privacy.seeded = false in the study, or seeded = true in the site's policy where the data may be shown",
+            )
 
 
 @lru_cache(maxsize=16)
@@ -87,9 +194,16 @@ def load_rules(path: Path | None) -> SiteRules:
         raise StudyError(f"policy {path}: cannot be read: {error}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
+        where = [str(part) for part in first["loc"]]
+        key = ".".join(where)
         if first["type"] == "extra_forbidden":
-            raise StudyError(
-                f"policy {path}: unknown key {key!r}", hint=f"valid keys: {', '.join(SiteRules.model_fields)}"
-            ) from None
-        raise StudyError(f"policy {path}: {key}: {first['msg']}") from None
+            known = ", ".join(_keys_beside(where))
+            raise StudyError(f"policy {path}: unknown key {key!r}", hint=f"valid keys: {known}") from None
+        raise StudyError(f"policy {path}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _keys_beside(where: list[str]) -> list[str]:
+    """The keys that are valid where an unknown one stands."""
+    levels: tuple[type[BaseModel], ...] = (SiteRules, BudgetTables, BudgetTable)
+    found: dict[str, Any] = levels[len(where) - 1].model_fields
+    return list(found)

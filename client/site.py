@@ -11,12 +11,14 @@ from flwr.app import ConfigRecord, Message
 
 from client import records
 from client.frames import Frame, Kind
+from client.guard import Guard, guard_of, withheld
 from client.process import WorkerRaisedError
 from fedlearn.app import RUN_CONFIG
-from fedlearn.errors import PolicyRefusedError, RemoteProtocolError
+from fedlearn.errors import FedlearnError, PolicyRefusedError, RemoteProtocolError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange
 from fedlearn.learning.checkpoint import broadcast_digest
+from fedlearn.learning.heads import put_heads, take_heads
 from fedlearn.learning.strategy import ServerState
 from fedlearn.link import flower
 from fedlearn.release.keys import TRAIN, AttemptId, ReleaseKey
@@ -25,9 +27,11 @@ from fedlearn.release.records import Finished, InProgress, Refused, Reserved
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from client.accounts import Accounts
     from client.crew import Crew
     from client.policy import SiteRules
     from fedlearn.learning.messages import Request
+    from fedlearn.release.charge import Charge
     from fedlearn.release.site import SiteGate
 
 log = logging.getLogger("fedlearn.client")
@@ -48,10 +52,18 @@ class Site:
         rules: the site's policy, defaults filled in.
         gate: the release path's; calls to it do not overlap.
         node_config: what the app is told of this site (`client-id`, `data`, `device`, `threads`).
+        accounts: the ledger that the gate charges; None where the policy names no budget, so that no private study is admitted.
     """
 
-    def __init__(self, crew: Crew, rules: SiteRules, gate: SiteGate, node_config: Mapping[str, Any]) -> None:
-        self._crew, self._rules, self._gate = crew, rules, gate
+    def __init__(
+        self,
+        crew: Crew,
+        rules: SiteRules,
+        gate: SiteGate,
+        node_config: Mapping[str, Any],
+        accounts: Accounts | None = None,
+    ) -> None:
+        self._crew, self._rules, self._gate, self._accounts = crew, rules, gate, accounts
         self._node_config = dict(node_config)
         self._gate_lock = asyncio.Lock()
         self._computing: dict[ReleaseKey, asyncio.Event] = {}
@@ -62,23 +74,58 @@ class Site:
         Raises:
             FedlearnError: refused, or failed; the link reports it to the server as an error reply.
         """
+        heads = take_heads(message.content)
         request = messages.decode_facts(message.content)
-        self._rules.admit(request)
-        if request.exchange is Exchange.TRAIN:
-            payload = await self._train(message, request)
-            return Message(records.unpack(payload), reply_to=message)
-        state = None
-        if request.exchange is Exchange.EVALUATE:
-            state = await self._at_gate(self._settled_state, request)
-        reply, _ = await compute(self._crew, message, request.run, state, self._node_config)
+        study = self._rules.admit(request)
+        if study.privacy is None:
+            return await self._answer(message, request)
+        if self._accounts is None:
+            raise PolicyRefusedError(
+                "policy: this site keeps no ledger, so it takes part in no study with a privacy plan"
+            )
+        await self._at_gate(self._accounts.check, heads)
+        account = self._rules.account(study.privacy)
+        try:
+            # In a thread: the first time, a plan's noise is searched for.
+            guard = await asyncio.to_thread(guard_of, request.study, account)
+            reply = await self._answer(message, request, guard)
+        except FedlearnError:
+            raise
+        except Exception as error:
+            raise withheld(request.run, error) from None
+        put_heads(reply.content, [await self._at_gate(self._accounts.head)])
         return reply
 
-    async def _train(self, message: Message, request: Request) -> bytes:
+    async def _answer(self, message: Message, request: Request, guard: Guard | None = None) -> Message:
+        if request.exchange is Exchange.TRAIN:
+            payload = await self._train(message, request, guard)
+            return Message(records.unpack(payload), reply_to=message)
+        state = None
+        if guard is not None:
+            await self._may_describe(request, guard)
+        elif request.exchange is Exchange.EVALUATE:
+            state = await self._at_gate(self._settled_state, request)
+        reply, _ = await self._compute(message, request.run, state, guard)
+        if guard is not None:
+            return Message(guard.description(reply.content, str(self._node_config["client-id"])), reply_to=message)
+        return reply
+
+    async def _may_describe(self, request: Request, guard: Guard) -> None:
+        """Under a plan nobody but who this site is leaves without a charge, and that only where there is room for the run's first one."""
+        if request.exchange is not Exchange.DESCRIBE:
+            raise PolicyRefusedError(
+                f"plan: the server asks for {request.exchange.value}; under a privacy plan no metric leaves this site"
+            )
+        if (refused := await self._at_gate(self._gate.foresee, request.run, guard.first())) is not None:
+            raise _refusal(refused)
+
+    async def _train(self, message: Message, request: Request, guard: Guard | None) -> bytes:
         key = _key(request)
-        await asyncio.to_thread(_check_broadcast, message, request)
+        asked = await asyncio.to_thread(_broadcast, message, request)
         base = None if request.base is None else AttemptId(*request.base)
+        charge = None if guard is None else await self._at_gate(self._charge, request, guard)
         while True:
-            answer = await self._at_gate(lambda: self._gate.reserve(key, base=base))
+            answer = await self._at_gate(lambda: self._gate.reserve(key, base=base, charge=charge))
             if isinstance(answer, InProgress):
                 await self._computing[key].wait()
                 continue
@@ -86,13 +133,25 @@ class Site:
         if isinstance(answer, Finished):
             log.info("%s: sent again, %d bytes, computed once", key.at, len(answer.payload))
             return answer.payload
-        return await self._computed(message, key, _granted(answer))
+        return await self._computed(message, asked, key, _granted(answer), guard)
 
-    async def _computed(self, message: Message, key: ReleaseKey, reserved: Reserved) -> bytes:
+    def _charge(self, request: Request, guard: Guard) -> Charge | None:
+        """What an update costs, once the run is admitted where its plan is charged whole."""
+        charge = guard.charge(request)
+        if guard.admission is not None and (refused := self._gate.admit(request.run, guard.admission)) is not None:
+            raise _refusal(refused)
+        return charge
+
+    async def _computed(
+        self, message: Message, asked: Request, key: ReleaseKey, reserved: Reserved, guard: Guard | None
+    ) -> bytes:
         done = self._computing[key] = asyncio.Event()
         try:
-            reply, state = await compute(self._crew, message, key.run, reserved.state, self._node_config)
-            payload = records.pack(reply.content)
+            reply, state = await self._compute(message, key.run, reserved.state, guard)
+            content = reply.content
+            if guard is not None:
+                content = await asyncio.to_thread(guard.update, content, asked)
+            payload = records.pack(content)
             finished = await self._at_gate(lambda: self._gate.commit(key, payload, state=state))
         except BaseException:
             # Nothing was committed, so nothing can have left: the reservation goes back. Not awaited, since this may be
@@ -106,6 +165,17 @@ class Site:
             raise _refusal(finished)
         log.info("run %s, %s: update of %d bytes committed and released", key.run, key.at, len(finished.payload))
         return finished.payload
+
+    async def _compute(
+        self, message: Message, run: str, state: bytes | None, guard: Guard | None
+    ) -> tuple[Message, bytes | None]:
+        """Let the worker answer. Under a plan its errors stay here."""
+        try:
+            return await compute(self._crew, message, run, state, self._node_config)
+        except Exception as error:
+            if guard is None:
+                raise
+            raise withheld(run, error) from None
 
     def _settled_state(self, request: Request) -> bytes | None:
         base = None if request.base is None else AttemptId(*request.base)
@@ -193,14 +263,15 @@ async def compute(
     return reply, after
 
 
-def _check_broadcast(message: Message, request: Request) -> None:
-    """The key of a release names the broadcast that it answers: the broadcast must be what it says."""
+def _broadcast(message: Message, request: Request) -> Request:
+    """The request with its arrays. The key of a release names the broadcast that it answers: the broadcast must be what it says."""
     whole = messages.decode_request(message.content)
     digest = broadcast_digest(ServerState(whole.model, whole.shared))
     if digest != request.model_digest:
         raise RemoteProtocolError(
             f"message: its model and shared arrays have the digest {digest[:16]}, it says {request.model_digest[:16]}"
         )
+    return whole
 
 
 def _key(request: Request) -> ReleaseKey:

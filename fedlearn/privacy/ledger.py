@@ -188,6 +188,12 @@ class Ledger:
         assert self._last is not None
         return signed_head(self.site, self.data_set, self._last, self._key)
 
+    def owns(self, head: SignedHead) -> bool:
+        """Whether a head is of this ledger, by a key that signed it: nobody but this site can have made it."""
+        return (head.site, head.data_set) == (self.site, self.data_set) and any(
+            verify(key, head.message(), head.signature) for key in self._keys
+        )
+
     def check_remembered(self, head: SignedHead) -> None:
         """Compare with a head that the server remembers.
 
@@ -195,9 +201,7 @@ class Ledger:
             StateError: this ledger is older than the head, or has another history: an old copy was put back. Or the head is not of
                 this site's making: then the server is wrong, and the ledger is as good as before.
         """
-        if (head.site, head.data_set) != (self.site, self.data_set) or not any(
-            verify(key, head.message(), head.signature) for key in self._keys
-        ):
+        if not self.owns(head):
             raise StateError(
                 f"ledger head: not signed by this site for {self.data_set!r}; it says nothing about this ledger"
             )

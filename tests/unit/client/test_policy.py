@@ -1,6 +1,7 @@
 """The site's policy: what it names is admitted, everything else is refused with the rule's name."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from client.policy import SiteRules, load_rules
 from fedlearn.errors import PolicyRefusedError, StudyError
 from fedlearn.learning.backend import Exchange
 from fedlearn.learning.messages import Request
-from fedlearn.study import parse_study
+from fedlearn.privacy.budget import Budget
+from fedlearn.study import Study, parse_study
 
 STUDY = parse_study('name = "s"\nrounds = 3\n[task]\nname = "hospital/heart"\n')
 
@@ -36,6 +38,83 @@ def test_the_defaults_admit_the_named_task_and_the_installed_app_only():
 def test_each_rule_refuses_by_name(rules, word):
     with pytest.raises(PolicyRefusedError, match=word):
         rules.with_defaults("hospital/heart", "a" * 64).admit(asked())
+
+
+PRIVATE = """
+[privacy]
+unit = "record"
+epsilon = 2.5
+delta = 1e-5
+"""
+BUDGET = "[budgets.record]\nepsilon = 3.0\ndelta = 1e-5\n"
+
+
+def private(more: str = "") -> Study:
+    return parse_study(f'name = "s"\nrounds = 3\n[task]\nname = "hospital/heart"\n{PRIVATE}{more}')
+
+
+def rules_of(tmp_path, text: str) -> SiteRules:
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    return load_rules(path).with_defaults("hospital/heart", "a" * 64)
+
+
+def test_a_plan_without_a_budget_is_refused_with_lines_that_admit_it(tmp_path):
+    with pytest.raises(PolicyRefusedError, match="no budget") as caught:
+        rules_of(tmp_path, "").admit(asked(private()))
+    lines = caught.value.hint.partition("\n")[2]
+    assert rules_of(tmp_path, textwrap.dedent(lines)).admit(asked(private())) == private()
+    assert load_rules(tmp_path / "policy.toml").budgets.record.epsilon == 2.5
+
+
+def test_a_budget_of_another_unit_is_none(tmp_path):
+    with pytest.raises(PolicyRefusedError, match="protects each record of 'hospital/heart'"):
+        rules_of(tmp_path, BUDGET.replace("record", "group")).admit(asked(private()))
+
+
+def test_a_site_with_a_budget_refuses_what_is_not_counted(tmp_path):
+    for seeded in ("", "seeded = true\n"):
+        with pytest.raises(PolicyRefusedError, match=r"no \[privacy\]"):
+            rules_of(tmp_path, seeded + BUDGET).admit(asked())
+
+
+def test_rehearsals_are_admitted_where_the_policy_says_so(tmp_path):
+    rehearsal = private("seeded = true\n")
+    with pytest.raises(PolicyRefusedError, match="rehearsals"):
+        rules_of(tmp_path, BUDGET).admit(asked(rehearsal))
+    rules = rules_of(tmp_path, "seeded = true\n" + BUDGET)
+    assert rules.admit(asked(rehearsal)) == rehearsal
+    assert rules.account(rehearsal.privacy) == "hospital/heart/record/seeded"
+    assert rules.account(private().privacy) == "hospital/heart/record"
+    assert set(rules.accounts()) == {"hospital/heart/record", "hospital/heart/record/seeded"}
+
+
+def test_the_data_set_names_the_account(tmp_path):
+    rules = rules_of(tmp_path, 'dataset = "clinic-7"\n' + BUDGET)
+    assert rules.accounts() == {"clinic-7/record": Budget(3.0, 1e-5)}
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("[budgets.records]\nepsilon = 1.0\ndelta = 1e-5\n", "unknown key 'budgets.records'"),
+        ("[budgets.record]\nepsilon = 1.0\ndelta = 1e-5\nsigma = 1.0\n", "unknown key 'budgets.record.sigma'"),
+        ("[budgets.record]\nepsilon = 1.0\n", "budgets.record.delta"),
+        ("[budgets.record]\nepsilon = 0.0\ndelta = 1e-5\n", "budgets.record.epsilon"),
+        ("[budgets.record]\nepsilon = inf\ndelta = 1e-5\n", "budgets.record.epsilon"),
+        ("[budgets.record]\nepsilon = 1.0\ndelta = 1.0\n", "budgets.record.delta"),
+        ("[budgets.record]\nepsilon = 1.0\ndelta = 0.0\n", "budgets.record.delta"),
+        ('[budgets.record]\nepsilon = 1.0\ndelta = 1e-5\nrule = "best"\n', "budgets.record.rule"),
+        ("[budgets.record]\nepsilon = 1.0\ndelta = 1e-5\norder = 1.0\n", "budgets.record.order"),
+        ("[budgets.record]\nepsilon = 0.001\ndelta = 1e-9\n", "too little for a bound"),
+        ('dataset = ""\n', "dataset"),
+        ('dataset = "../etc"\n', "dataset"),
+        ("budgets = 3\n", "budgets"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused_when_it_is_read(tmp_path, text, word):
+    with pytest.raises(StudyError, match=re.escape(word)):
+        rules_of(tmp_path, text)
 
 
 def test_a_manifest_that_is_no_study_is_refused():
