@@ -23,6 +23,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from fedlearn.environment import EnvironmentTable
 from fedlearn.errors import StudyError
 from fedlearn.privacy.table import PrivacyTable
+from fedlearn.secure_aggregation import SecureAggregationTable
 from fedlearn.strict import STRICT
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -189,6 +190,7 @@ class Study(_Table):
     runtime: RuntimeTable = RuntimeTable()
     environment: EnvironmentTable | None = None
     privacy: PrivacyTable | None = None
+    secure_aggregation: SecureAggregationTable = SecureAggregationTable()
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:

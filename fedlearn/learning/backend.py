@@ -20,6 +20,12 @@ class Exchange(StrEnum):
     DESCRIBE = "describe"
     TRAIN = "train"
     EVALUATE = "evaluate"
+    CHECK_IN = "check-in"
+    """Secure aggregation: fresh public keys for an attempt."""
+    SHARE = "share"
+    """Secure aggregation: who takes part; answered with shares of this client's secrets."""
+    UNMASK = "unmask"
+    """Secure aggregation: whose vectors are in the sum; answered with what opens it."""
 
 
 Base = tuple[int, int]
@@ -88,6 +94,21 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Said:
+    """A client's answer in secure aggregation arrived.
+
+    Args:
+        client: its id.
+        body: what it says: shares, a masked vector, an opening. Empty in answer to CHECK_IN.
+        entry: its check-in: for the attempt that was asked about, and with a masked vector for the first one of the next round.
+    """
+
+    client: str
+    body: bytes = field(repr=False)
+    entry: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
 class Failed:
     """A client gave nothing in this exchange.
 
@@ -132,4 +153,21 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free what the backend holds."""
+        ...
+
+
+class MaskedBackend(Protocol):
+    """Speaks secure aggregation with clients."""
+
+    def secure(
+        self, exchange: Exchange, work: Work, bodies: Mapping[str, bytes], length: int
+    ) -> Iterator[Said | Failed]:
+        """One exchange; TRAIN is answered with a masked vector. Each client of the cohort is in exactly one reply.
+
+        Args:
+            exchange: CHECK_IN, SHARE, TRAIN or UNMASK.
+            work: the attempt; only TRAIN sends its model.
+            bodies: by client, what it is told.
+            length: coordinates of an update.
+        """
         ...

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from fedlearn.aggregation.linear import IntegerSum, quantum_bits_for
 from fedlearn.aggregation.stack import UpdateStack
-from fedlearn.arrays import Arrays, Spec, specs_of
+from fedlearn.arrays import Arrays, Spec, size_bytes, specs_of
 from fedlearn.errors import UpdateError
 from fedlearn.learning.strategy import Strategy
 from fedlearn.learning.update import DELTA, UNCLIPPED, Aggregate, Release, Update, Weighting
@@ -129,6 +130,10 @@ class SumCollector:
         """The running sums by release."""
         return self._sums
 
+    def totals(self) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
+        """The exact sums by release, in float64."""
+        return {name: total.total() for name, total in self._sums.items()}
+
     def aggregate(self, population: int) -> Aggregate:
         means = {name: total.mean() for name, total in self._sums.items()}
         return Aggregate(means, clients=len(self._clients), population=population, examples=self._examples)
@@ -180,6 +185,11 @@ def _check_update(client: str, update: Update, releases: tuple[str, ...], seen: 
             f"update: {update.examples} training examples, expected 1 to {MAX_EXAMPLES}",
             hint="a client without training rows has nothing to add to the mean",
         )
+
+
+def update_size(update: Update) -> int:
+    """Bytes of everything in it."""
+    return sum(size_bytes(arrays) for arrays in update.private.values())
 
 
 def update_checksum(update: Update) -> str:

@@ -46,3 +46,33 @@ def check_combination(study: Study, strategy: Strategy) -> None:
                 "privacy with train.precision = 'bfloat16': what is clipped and noised must be exact",
                 hint="use float32",
             )
+    if study.secure_aggregation.enabled:
+        _check_masks(study, strategy)
+
+
+def _check_masks(study: Study, strategy: Strategy) -> None:
+    from fedlearn.learning.vectors import masking_plan
+
+    if not strategy.linear:
+        raise UnsupportedError(
+            f"strategy {strategy.name!r} with secure aggregation: it looks at each client's update, and there is only their sum",
+            hint="take a strategy whose aggregate is a weighted mean, such as fedavg, or leave secure aggregation out",
+        )
+    if study.cohort.rate is not None:
+        raise UnsupportedError(
+            "secure aggregation with cohort.rate: a cohort that is drawn by coins may be smaller than what may be opened, and "
+            "trying again would say so",
+            hint="take cohort.size, or everybody",
+        )
+    clip_l2 = study.secure_aggregation.clip_l2
+    if study.privacy is not None and study.privacy.unit == "client" and clip_l2 is not None:
+        raise UnsupportedError(
+            "secure_aggregation.clip_l2: the client-level privacy plan clips already, with its own clip_l2; remove it"
+        )
+    if clip_l2 is not None and study.update.clip_l2 is not None and study.update.clip_l2 > clip_l2:
+        raise UnsupportedError(
+            f"update.clip_l2 = {study.update.clip_l2:g} with secure_aggregation.clip_l2 = {clip_l2:g}: masked updates are "
+            "clipped to the smaller one in any case",
+            hint="leave secure_aggregation.clip_l2 out; it is then update.clip_l2",
+        )
+    masking_plan(study, 1)  # raises where the numbers of clients, bits and rates do not fit each other

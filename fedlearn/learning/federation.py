@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,12 +17,12 @@ import numpy as np
 from fedlearn import arrays as named
 from fedlearn import events
 from fedlearn.clock import Clock, SystemClock
-from fedlearn.errors import RunFailedError, StateError, UpdateError
+from fedlearn.errors import LocalProtocolError, RunFailedError, StateError, UpdateError
 from fedlearn.learning.averages import l2_norm, mean_metrics, weighted_mean
-from fedlearn.learning.backend import Backend, Failed, Fitted, Scored, Summed, Work
+from fedlearn.learning.backend import Backend, Failed, Fitted, Said, Scored, Summed, Work
 from fedlearn.learning.checkpoint import PARTS, broadcast_digest, state_from_bytes, state_to_bytes
 from fedlearn.learning.cohort import pick_cohort
-from fedlearn.learning.collect import Collector, SumCollector, collector_for, update_checksum
+from fedlearn.learning.collect import Collector, collector_for, update_checksum, update_size
 from fedlearn.learning.combine import check_combination
 from fedlearn.learning.conditions import Conditions
 from fedlearn.learning.postprocess import apply_on_server, chain_of
@@ -30,13 +30,15 @@ from fedlearn.learning.strategy import ServerState, Strategy
 from fedlearn.learning.update import DELTA, Aggregate, Update
 from fedlearn.privacy.study import with_clip, without_clip
 from fedlearn.release.coordinator import RoundMachine
+from fedlearn.release.checksum import checksum_of
 from fedlearn.release.keys import AttemptId, record_key
-from fedlearn.release.round import Begin, Resume, RoundPolicy, RoundState
+from fedlearn.release.round import Begin, NoMasking, Resume, RoundPolicy, RoundState
 from fedlearn.release.round import Failed as RunOver
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.privacy.central import CentralPlan
+    from fedlearn.learning.masked import SecureRounds, SecureSum
     from fedlearn.release.journal import Journal
     from fedlearn.study import Study
 
@@ -78,6 +80,7 @@ class Federation:
         may_join: False where nobody else can come, as in a simulation: `cohort.wait_for` is then of no use.
         rehearsal: all chance follows from the study's seed, whatever it asks for: a simulation.
     """
+        secure: the rounds' masks; given exactly where the study asks for secure aggregation.
 
     def __init__(
         self,
@@ -97,7 +100,11 @@ class Federation:
         conditions: Conditions | None = None,
     ) -> None:
         check_combination(study, strategy)
+        if (secure is None) == study.secure_aggregation.enabled:
+            raise LocalProtocolError("federation: its rounds are not masked as the study asks")
+        self._secure = secure
         self._central = _central_plan(study, rehearsal=rehearsal)
+        secure: SecureRounds | None = None,
         # Under a plan a metric of a site leaves it through a charged mechanism or not at all; a rehearsal has no site.
         self._may_score = study.privacy is None or rehearsal or study.privacy.evaluation_noise is not None
         self._study, self._run, self._strategy, self._backend = study, run, strategy, backend
@@ -108,12 +115,13 @@ class Federation:
         self._initial = initial
         self._state = self._load_state()
         self._collector: Collector | None = None
-        self._machine: RoundMachine[Update, Collector] = RoundMachine(
+        self._machine: RoundMachine[Any, Any] = RoundMachine(
             journal,
             run,
-            self._new_collector,
-            checksum=update_checksum,
-            size=lambda update: sum(named.size_bytes(a) for a in update.private.values()),
+            self._new_sum,
+            checksum=update_checksum if secure is None else checksum_of,
+            size=update_size if secure is None else len,
+            masking=NoMasking if secure is None else lambda: self._secure_sum,
             policy=RoundPolicy(
                 min_survivors=0 if self._central else max(study.cohort.minimum, strategy.min_clients),
                 max_attempts=study.runtime.max_attempts,
@@ -189,7 +197,8 @@ class Federation:
             self._machine.begin(at, cohort, digest)
         self._emit(events.RoundStarted(self._run, at.round, at.attempt, len(cohort)))
         losses: dict[str, tuple[float, int]] = {}
-        for reply in self._backend.fit(self._work(at, cohort, digest, roster)) if cohort else ():
+        work = self._work(at, cohort, digest, roster)
+        for reply in self._replies(work):
             reason = self._take(reply)
             for client, facts, examples in _claims(reply):
                 if reason is None:
@@ -216,6 +225,8 @@ class Federation:
             self._run,
             at.round,
             at.attempt,
+        if self._secure is not None:
+            self._secure.open(self._machine, work)
             clients=clients,
             dropped=len(roster) - clients,
             seconds=self._clock.monotonic() - started_s,
@@ -227,7 +238,12 @@ class Federation:
         self._emit(finished)
         self._evaluate_if_due()
 
-    def _take(self, reply: Fitted | Summed | Failed) -> str | None:
+    def _replies(self, work: Work) -> Iterable[Fitted | Summed | Said | Failed]:
+        if not work.cohort:
+            return ()
+        return self._backend.fit(work) if self._secure is None else self._secure.train(self._machine, work)
+
+    def _take(self, reply: Fitted | Summed | Said | Failed) -> str | None:
         """Hand a reply to the machine; None when it entered the sum, else the reason why not."""
         if isinstance(reply, Failed):
             self._machine.gone(reply.client)
@@ -238,7 +254,8 @@ class Federation:
                 partial.examples, self._machine.key, partial.checksum(), lambda total: total.merge(partial)
             )
         else:
-            answer = self._machine.receive(reply.client, self._machine.key, reply.update)
+            payload = reply.body if isinstance(reply, Said) else reply.update
+            answer = self._machine.receive(reply.client, self._machine.key, payload)
         return getattr(answer, "message", None)
 
     def _release(self, at: AttemptId) -> tuple[Aggregate, float | None] | None:
@@ -246,19 +263,20 @@ class Federation:
         total = self._machine.total
         try:
             if self._central is not None:
-                assert isinstance(total, SumCollector)
                 return self._central.release(at, total, self._state.shared)
             return apply_on_server(self._chain, total.aggregate(self._population)), None
         except UpdateError as error:
             self._machine.void(error.message)
             return None
 
-    def _new_collector(self) -> Collector:
+    def _new_sum(self) -> Collector | SecureSum:
         """An empty one for the machine, which forgets the one before: a sum, or files on disk."""
         if self._collector is not None:
             self._collector.close()
         counted = self._central is not None and self._central.counted
         self._collector = collector_for(self._strategy, self._initial, counted=counted)
+        if self._secure is not None:
+            total = self._secure.opened(total, self._state.shared)
         return self._collector
 
     def _next_state(self, at: AttemptId, aggregate: Aggregate, clip_l2: float | None) -> ServerState:
@@ -270,6 +288,9 @@ class Federation:
         try:
             for part in PARTS:
                 named.check_finite(getattr(state, part), what=f"round {at.round}: the server's {part}")
+        if self._secure is not None:
+            self._secure_sum = self._secure.new_sum()
+            return self._secure_sum
         except UpdateError as error:
             self._machine.fail(error.message)
             raise RunFailedError(
@@ -389,7 +410,7 @@ class Federation:
         return record_key(parts[0], self._run, *parts[1:])
 
 
-def _claims(reply: Fitted | Summed | Failed) -> Iterator[tuple[str, Mapping[str, float], int]]:
+def _claims(reply: Fitted | Summed | Said | Failed) -> Iterator[tuple[str, Mapping[str, float], int]]:
     """Each client of a reply, with its facts and training examples."""
     match reply:
         case Fitted(client, update):
@@ -413,6 +434,8 @@ def _past_the_last(rounds: int) -> Begin:
 
 
 def _row(event: events.RoundFinished | events.Evaluated) -> bytes:
+        case Said(client):
+            yield client, {}, 0
     row = events.to_dict(event, 0.0)
     for key in ("event", "at", "run", "round"):
         row.pop(key)

@@ -7,7 +7,7 @@ server rule the plan's numbers in place of the real ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,10 @@ from fedlearn.privacy.plan import AdaptiveClip, FixedCohort, PoissonSampling, Pr
 from fedlearn.privacy.study import chance_for, clip_in, is_seeded, plan_of
 
 if TYPE_CHECKING:
-    from fedlearn.aggregation.linear import IntegerSum
     from fedlearn.arrays import Arrays
     from fedlearn.learning.collect import SumCollector
     from fedlearn.release.keys import AttemptId
+    from fedlearn.learning.masked import OpenSum
     from fedlearn.study import Study
 
 
@@ -96,7 +96,7 @@ class CentralPlan:
             case _:
                 return tuple(ordered)
 
-    def release(self, at: AttemptId, total: SumCollector, shared: Arrays) -> tuple[Aggregate, float | None]:
+    def release(self, at: AttemptId, total: SumCollector | OpenSum, shared: Arrays) -> tuple[Aggregate, float | None]:
         """What a round's sum becomes before anything is made of it.
 
         Args:
@@ -109,9 +109,9 @@ class CentralPlan:
         """
         table = self.study.privacy
         assert table is not None
-        sums: Mapping[str, IntegerSum] = total.sums
-        unclipped = int(sums[UNCLIPPED].total()[COUNT][0]) if self.counted else 0
-        exact = {name: one.total() for name, one in sums.items() if name != UNCLIPPED}
+        sums = total.totals()
+        unclipped = round(float(sums[UNCLIPPED][COUNT][0])) if self.counted else 0
+        exact = {name: one for name, one in sums.items() if name != UNCLIPPED}
         chance = chance_for(self.study, "noise", at.round, at.attempt, rehearsal=self.rehearsal)
         made = central_release(self.plan, clip_in(table, shared), exact, unclipped, total.clients, chance)
         clients = max(1, round(denominator(self.plan)))

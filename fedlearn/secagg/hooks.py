@@ -15,7 +15,7 @@ from fedlearn.errors import LocalProtocolError, StateError, UnsupportedError
 from fedlearn.proto import secagg_pb2 as pb
 from fedlearn.release.keys import ReleaseKey
 from fedlearn.secagg.breach import Breach, SecureAggregationError
-from fedlearn.secagg.messages import FromClient, from_bytes, to_bytes
+from fedlearn.secagg.messages import FromClient, FromServer, from_bytes, to_bytes
 from fedlearn.secagg.quantize import Decoded
 from fedlearn.secagg.server import ServerRound, Stage
 
@@ -48,7 +48,7 @@ class MaskedAttempt:
         Raises:
             SecureAggregationError: it is no such thing, or not this client's; nothing was added.
         """
-        self._server.receive(client, _message(payload))
+        self._server.receive(client, from_client(payload))
         self._taken.add(client)
 
     def requests(self, key: ReleaseKey, roster: tuple[str, ...], survivors: tuple[str, ...]) -> Mapping[str, bytes]:
@@ -69,7 +69,7 @@ class MaskedAttempt:
         Raises:
             SecureAggregationError: it cannot be used; nothing changed.
         """
-        self._server.receive(client, _message(answer))
+        self._server.receive(client, from_client(answer))
 
     def ready(self) -> bool:
         """True when the openings suffice."""
@@ -83,6 +83,11 @@ class MaskedAttempt:
         """
         assert total is self
         self._server.close()
+
+    @property
+    def clients(self) -> int:
+        """How many vectors are in the sum."""
+        return len(self._taken)
 
     @property
     def total(self) -> Decoded:
@@ -99,30 +104,36 @@ def record_of(server: ServerRound) -> bytes:
     return bytes(pb.Setup(stages=stages).SerializeToString(deterministic=True))
 
 
-def restore(server: ServerRound, record: bytes) -> None:
+def restore(server: ServerRound, record: bytes) -> Mapping[str, FromServer]:
     """Bring a fresh server to where the recorded one began to take masked vectors.
 
     Args:
         server: made with the same terms, trust and subject.
         record: what `record_of` returned.
 
+    Returns:
+        What each client that shared has to be told, again.
+
     Raises:
         StateError: the record is damaged, or belongs to another attempt.
     """
     setup = pb.Setup()
+    told: Mapping[str, FromServer] = {}
     try:
         setup.ParseFromString(record)
         for stage in setup.stages:
             for kept in stage.kept:
-                server.receive(kept.client, _message(kept.message))
-            server.close()
+                server.receive(kept.client, from_client(kept.message))
+            told = server.close()
     except (DecodeError, SecureAggregationError, LocalProtocolError) as error:
         raise StateError(f"secure aggregation: the recorded setup of {server!r} is damaged: {error}") from None
     if server.stage is not Stage.MASK:
         raise StateError(f"secure aggregation: the recorded setup of {server!r} is incomplete")
+    return told
 
 
-def _message(data: bytes) -> FromClient:
+def from_client(data: bytes) -> FromClient:
+    """A client's message from its bytes. Raises SecureAggregationError."""
     message = from_bytes(data)
     if not isinstance(message, FromClient):
         raise SecureAggregationError(Breach.UNEXPECTED, f"got {type(message).__name__}, which only a server says")

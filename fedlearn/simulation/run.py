@@ -226,6 +226,7 @@ def run_ready(
     started = time.monotonic()
     try:
         backend: Backend = make_backend(
+    from fedlearn.simulation.masked import secure_rounds
             ready.setting.backend,
             study,
             population,
@@ -246,12 +247,14 @@ def run_ready(
                 study,
                 study.name,
                 ready.strategy,
-                initial_weights(population.task, study),
+                initial,
                 backend,
                 journal if journal is not None else DictJournal(),
                 metric=population.task.card.metric,
                 emit=manner.emit,
                 should_stop=manner.should_stop,
+        journal = journal if journal is not None else DictJournal()
+        initial = initial_weights(population.task, study)
                 may_join=False,
                 rehearsal=True,
                 conditions=world,
@@ -266,6 +269,7 @@ def _check_cohort(study: Study, clients: int) -> None:
     for key, asked in (("cohort.size", study.cohort.size), ("cohort.minimum", study.cohort.minimum)):
         if asked is not None and asked > clients:
             raise StudyError(
+                secure=secure_rounds(study, ready.strategy, initial, backend, journal, len(population.client_ids)),
                 f"{key}: got {asked}, this study has {clients} clients",
                 hint=f"{key} may be up to {clients}; a partition makes more clients with data.clients",
             )

@@ -1,0 +1,331 @@
+"""Rounds whose updates come masked: the exchanges around training, and the sum that is opened in the end.
+
+    [CHECK_IN] -> SHARE -> TRAIN -> UNMASK
+
+Check-ins for a round ride on the masked vectors of the one before; who has sent none is asked. The setup (roster and shares) is durable
+before the first masked vector is taken, so a coordinator that comes back goes on with the same keys; killed earlier, it asks again.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, Protocol
+
+from fedlearn.arrays import specs_of
+from fedlearn.errors import LocalProtocolError, RemoteProtocolError
+from fedlearn.learning.backend import Exchange, Failed, MaskedBackend, Said, Work
+from fedlearn.learning.vectors import Vectors, subject_of
+from fedlearn.release.keys import AttemptId, ReleaseKey, record_key
+from fedlearn.release.round import Rejected, RoundState
+from fedlearn.secagg.breach import Breach, SecureAggregationError
+from fedlearn.secagg.enrolment import Enrolment, Entry, entries_from_bytes, entries_to_bytes, identities_of
+from fedlearn.secagg.hooks import MaskedAttempt, from_client, record_of, restore
+from fedlearn.secagg.messages import FromServer, to_bytes
+from fedlearn.secagg.plan import Terms
+from fedlearn.secagg.server import ServerRound
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from fedlearn.arrays import Arrays
+    from fedlearn.learning.strategy import Strategy
+    from fedlearn.learning.update import Aggregate
+    from fedlearn.release.coordinator import RoundMachine
+    from fedlearn.release.journal import Journal
+    from fedlearn.secagg.quantize import Decoded
+    from fedlearn.study import Study
+
+KEYS_S: Final = 60.0
+"""How long an exchange of keys or shares waits: they are answered at once, by whoever is there."""
+
+
+class SecureSum(Protocol):
+    """The sum of one attempt: the round machine's accumulator and its masking in one, and what is read of it in the end."""
+
+    def add(self, client: str, payload: bytes, /) -> None: ...
+    def requests(self, key: ReleaseKey, roster: tuple[str, ...], survivors: tuple[str, ...]) -> Mapping[str, bytes]: ...
+    def answer(self, client: str, answer: bytes) -> None: ...
+    def ready(self) -> bool: ...
+    def unmask(self, total: SecureSum, /) -> None: ...
+
+    @property
+    def clients(self) -> int:
+        """How many vectors are in it."""
+        ...
+
+    @property
+    def decoded(self) -> Decoded:
+        """The open sum."""
+        ...
+
+
+class SecureRounds(ABC):
+    """What a federation does with masked updates in place of plain ones.
+
+    Args:
+        vectors: of the study.
+    """
+
+    def __init__(self, vectors: Vectors) -> None:
+        self.vectors: Final = vectors
+
+    @abstractmethod
+    def new_sum(self) -> SecureSum:
+        """An empty sum for the next attempt; the one before is forgotten."""
+
+    @abstractmethod
+    def train(self, machine: RoundMachine[bytes, SecureSum], work: Work) -> Iterator[Said | Failed]:
+        """Vectors, for the machine to take; or the attempt is void."""
+
+    def open(self, machine: RoundMachine[bytes, SecureSum], work: Work) -> None:  # noqa: B027  # nothing to do without masks
+        """Bring a machine whose survivors stand to the sum; or the attempt is void."""
+
+    def opened(self, sum_: SecureSum, shared: Arrays) -> OpenSum:
+        """What can be read of the machine's sum, given what was broadcast beside the model."""
+        return OpenSum(self.vectors, sum_, self.vectors.unit_in(shared))
+
+
+class OpenSum:
+    """A secure sum that is open: what is read of it as of a `SumCollector`.
+
+    Args:
+        vectors: of the study.
+        sum_: the machine's.
+        unit: what a client-level plan's updates are measured in, the round's clip; 1 without one.
+    """
+
+    def __init__(self, vectors: Vectors, sum_: SecureSum, unit: float = 1.0) -> None:
+        self._vectors, self._sum, self._unit = vectors, sum_, unit
+
+    @property
+    def clients(self) -> int:
+        """How many updates are in it."""
+        return self._sum.clients
+
+    def totals(self) -> Mapping[str, Mapping[str, npt.NDArray[np.float64]]]:
+        """The exact sum of what the clients encoded, by release."""
+        return self._vectors.totals(self._sum.decoded, unit=self._unit)
+
+    def aggregate(self, population: int) -> Aggregate:
+        """The weighted means.
+
+        Raises:
+            UpdateError: it cannot be a sum of encoded updates.
+        """
+        return self._vectors.aggregate(self._sum.decoded, self._sum.clients, population)
+
+
+class MaskedSum:
+    """The sum of one attempt; usable once the attempt's keys are there."""
+
+    def __init__(self) -> None:
+        self._attempt: MaskedAttempt | None = None
+
+    def attach(self, server: ServerRound) -> None:
+        """The keys are there: from now on `server` takes masked vectors."""
+        self._attempt = MaskedAttempt(server)
+
+    def add(self, client: str, payload: bytes) -> None:
+        self._here.add(client, payload)
+
+    def requests(self, key: ReleaseKey, roster: tuple[str, ...], survivors: tuple[str, ...]) -> Mapping[str, bytes]:
+        if self._attempt is None:
+            raise SecureAggregationError(Breach.BELOW_THRESHOLD, "no client shared keys")
+        return self._attempt.requests(key, roster, survivors)
+
+    def answer(self, client: str, answer: bytes) -> None:
+        self._here.answer(client, answer)
+
+    def ready(self) -> bool:
+        return self._here.ready()
+
+    def unmask(self, total: SecureSum) -> None:
+        assert total is self
+        self._here.unmask(self._here)
+
+    @property
+    def clients(self) -> int:
+        return self._here.clients
+
+    @property
+    def decoded(self) -> Decoded:
+        return self._here.total
+
+    @property
+    def _here(self) -> MaskedAttempt:
+        if self._attempt is None:
+            raise LocalProtocolError("secure aggregation: the attempt has no keys yet")
+        return self._attempt
+
+
+class MaskedRounds(SecureRounds):
+    """All attempts of one run.
+
+    Args:
+        study: with [secure_aggregation].
+        run: the run's name.
+        strategy: says what is released.
+        initial: the model, for its shapes.
+        backend: speaks with the clients.
+        journal: of the run.
+        enrolment: verifies who the clients are.
+        threads: how many unmask; None takes all cores.
+
+    Raises:
+        StudyError, UnsupportedError: as `Vectors.of`.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        run: str,
+        strategy: Strategy,
+        initial: Arrays,
+        backend: MaskedBackend,
+        journal: Journal,
+        enrolment: Enrolment,
+        *,
+        threads: int | None = None,
+    ) -> None:
+        super().__init__(Vectors.of(study, strategy, specs_of(initial)))
+        self._study, self._run, self._backend, self._journal = study, run, backend, journal
+        self._enrolment, self._threads = enrolment, threads
+        self._places = {part: record_key("masking", run, part) for part in ("at", "entries", "setup")}
+        self._early: dict[str, bytes] = {}
+        self._early_for: AttemptId | None = None
+        self._sum = MaskedSum()
+
+    def new_sum(self) -> MaskedSum:
+        self._sum = MaskedSum()
+        return self._sum
+
+    def train(self, machine: RoundMachine[bytes, SecureSum], work: Work) -> Iterator[Said | Failed]:
+        at = AttemptId(work.round, work.attempt)
+        try:
+            told = self._again(at, work)
+            if told is None:
+                told = yield from self._set_up(at, work)
+        except RemoteProtocolError as error:
+            machine.void(error.message)
+            return
+        here = tuple(client for client in work.cohort if client in told)
+        self._early, self._early_for = {}, AttemptId(work.round + 1, 1)
+        for reply in self._say(Exchange.TRAIN, replace(work, cohort=here), told):
+            if isinstance(reply, Said) and reply.entry:
+                self._early[reply.client] = reply.entry
+            yield reply
+
+    def open(self, machine: RoundMachine[bytes, SecureSum], work: Work) -> None:
+        if not _is_unmasking(machine):
+            return
+        key, requests = machine.unmask_requests()
+        reason = ""
+        for reply in self._say(Exchange.UNMASK, replace(work, cohort=tuple(sorted(requests))), requests):
+            if isinstance(reply, Failed):
+                reason = f"client {reply.client!r}: {reply.reason}"
+                machine.gone(reply.client)
+            elif isinstance(answer := machine.unmasked(reply.client, key, reply.body), Rejected):
+                reason = answer.message
+                machine.gone(reply.client)
+            if not _is_unmasking(machine):
+                return
+        machine.void(f"too few survivors opened the sum; the last of the others: {reason}")
+
+    def _again(self, at: AttemptId, work: Work) -> dict[str, bytes] | None:
+        """Where the coordinator was killed after the setup of this attempt: what each client has to be told; else None."""
+        data = {part: self._journal.get(place) for part, place in self._places.items()}
+        if data["at"] is None or AttemptId.from_pair(json.loads(data["at"]), what=self._places["at"]) != at:
+            return None
+        assert data["entries"] is not None
+        assert data["setup"] is not None
+        entries = entries_from_bytes(data["entries"])
+        server = self._server(at, work, identities_of(self._enrolment, entries))
+        told = restore(server, data["setup"])
+        self._sum.attach(server)
+        # Who holds its keys answers as before; whose keys follow from the seed, in a simulation, makes them anew. Who lost them has
+        # dropped out, but for what it committed.
+        everybody = tuple(sorted(entry.check_in.client for entry in entries))
+        for _ in self._say(Exchange.SHARE, replace(work, cohort=everybody), dict.fromkeys(everybody, data["entries"])):
+            pass
+        return _as_bytes(told)
+
+    def _set_up(self, at: AttemptId, work: Work) -> Generator[Failed, None, dict[str, bytes]]:
+        """Exchange keys and shares, and make them durable; gives those who dropped out.
+
+        Returns:
+            What each client that shared has to be told.
+
+        Raises:
+            RemoteProtocolError: too few are left.
+        """
+        trust: dict[str, bytes] = {}
+        server = self._server(at, work, trust)
+        entries: dict[str, Entry] = {}
+
+        def enter(client: str, data: bytes) -> str:
+            """Why a check-in cannot be used; empty when it is on the roster."""
+            try:
+                (entry,) = entries_from_bytes(data)
+                trust[client] = self._enrolment.identity(client, entry.claim)
+                server.receive(client, entry.check_in)
+            except (RemoteProtocolError, ValueError) as error:
+                return getattr(error, "message", "it sent more than its own check-in")
+            entries[client] = entry
+            return ""
+
+        early = self._early if self._early_for == at else {}
+        asked = tuple(client for client in work.cohort if client not in early or enter(client, early[client]))
+        for reply in self._say(Exchange.CHECK_IN, replace(work, cohort=asked), dict.fromkeys(asked, b"")):
+            if isinstance(reply, Failed):
+                yield reply
+            elif reason := enter(reply.client, reply.entry):
+                yield Failed(reply.client, reason)
+        everybody = tuple(server.close())
+        roster = entries_to_bytes(entries[client] for client in sorted(everybody))
+        lost: set[str] = set()
+        for reply in self._say(Exchange.SHARE, replace(work, cohort=everybody), dict.fromkeys(everybody, roster)):
+            failed = _shared(server, reply)
+            if failed is not None:
+                lost.add(reply.client)
+                yield failed
+        told = _as_bytes(server.close())
+        for client in sorted(set(everybody) - lost - told.keys()):
+            yield Failed(client, "too few of its neighbours shared keys")
+        setup = {"at": json.dumps(list(at)).encode(), "entries": roster, "setup": record_of(server)}
+        self._journal.write({self._places[part]: data for part, data in setup.items()})
+        self._sum.attach(server)
+        return told
+
+    def _server(self, at: AttemptId, work: Work, trust: Mapping[str, bytes]) -> ServerRound:
+        terms = Terms(self._run, at, self.vectors.plan)
+        return ServerRound(terms, trust, subject_of(self._study, work.model_digest), threads=self._threads)
+
+    def _say(self, exchange: Exchange, work: Work, bodies: Mapping[str, bytes]) -> Iterator[Said | Failed]:
+        if not work.cohort:
+            return iter(())
+        if exchange is not Exchange.TRAIN:
+            work = replace(work, deadline_s=min(work.deadline_s, KEYS_S))
+        return self._backend.secure(exchange, work, bodies, self.vectors.length)
+
+
+def _is_unmasking(machine: RoundMachine[bytes, SecureSum]) -> bool:
+    return machine.state is RoundState.UNMASKING
+
+
+def _shared(server: ServerRound, reply: Said | Failed) -> Failed | None:
+    """Hand a client's shares to the server; what is said of a client that has dropped out."""
+    if isinstance(reply, Failed):
+        return reply
+    try:
+        server.receive(reply.client, from_client(reply.body))
+    except RemoteProtocolError as error:
+        return Failed(reply.client, error.message)
+    return None
+
+
+def _as_bytes(told: Mapping[str, FromServer]) -> dict[str, bytes]:
+    return {client: to_bytes(message) for client, message in told.items()}

@@ -1,0 +1,213 @@
+"""From an update to the vector that secure aggregation masks, and from the open sum to an aggregate: the same on every runtime.
+
+A study fixes it all but the number of parameters, which the model does. What is weighted by examples is scaled by the client's share of `max_examples`
+before it is rounded; what counts every client once is not; the number of examples is the last coordinate. So the server learns weighted means and
+the total number of examples, and nobody's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from fedlearn.arrays import Spec, check_same
+from fedlearn.errors import UnsupportedError, UpdateError
+from fedlearn.learning.collect import release_specs
+from fedlearn.learning.update import UNCLIPPED, Aggregate, Release, Update, Weighting
+from fedlearn.secagg.plan import Plan, digest_of
+from fedlearn.secagg.primitives import KEY_BYTES, Suite
+from fedlearn.secagg.quantize import Decoded, Encoding
+from fedlearn.secure_aggregation import CLIP_L2
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from fedlearn.arrays import Arrays
+    from fedlearn.learning.strategy import Strategy
+    from fedlearn.secagg.ring import Vector
+    from fedlearn.study import Study
+
+SUITE: Final = Suite.P256_AES256
+"""The link's certificates hold P-256 keys, and they are the clients' identities."""
+MOST_CLIENTS: Final = 200
+"""Of a round, where neither cohort nor data say how many there are: as many as everybody can be everybody's neighbour of."""
+_PLAN_LEAST: Final = 3
+
+
+def masking_plan(study: Study, length: int) -> Plan:
+    """What all clients of a study agree on, for vectors of so many coordinates, the weight's not counted.
+
+    Raises:
+        StudyError: the study's numbers do not fit each other, or a sum could wrap.
+        UnsupportedError: no threshold is safe for so many clients.
+    """
+    table = study.secure_aggregation
+    encoding = Encoding(
+        length,
+        table.max_clients or _most_clients(study),
+        _clip_l2(study),
+        ring_bits=table.ring_bits,
+        weight_cap=1 if study.privacy is not None else table.max_examples,
+    )
+    private = b"" if study.privacy is None else digest_of("privacy", study.privacy.model_dump_json())
+    least = max(_PLAN_LEAST, study.cohort.minimum)
+    return Plan(encoding, table.adversarial, table.dropout, least, SUITE, privacy=private)
+
+
+def _most_clients(study: Study) -> int:
+    if study.cohort.size is None:
+        return study.data.clients or MOST_CLIENTS
+    over = 1.0 if study.environment is None else study.environment.over_selection
+    return math.ceil(study.cohort.size * over)
+
+
+def _clip_l2(study: Study) -> float:
+    """The joint bound of what is encoded. A client-level plan's updates are encoded in units of the round's clip."""
+    if study.privacy is not None and study.privacy.unit == "client":
+        return math.sqrt(2) if study.privacy.clipping == "adaptive" else 1.0
+    return study.secure_aggregation.clip_l2 or study.update.clip_l2 or CLIP_L2
+
+
+def subject_of(study: Study, model_digest: str) -> bytes:
+    """What a client trains with: everything that the study says, and the broadcast."""
+    return digest_of("subject", study.digest, model_digest)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors of one study's updates.
+
+    Args:
+        study: with [secure_aggregation].
+        releases: everything that an update holds, and its arrays.
+        plan: the study's, for these arrays.
+    """
+
+    study: Study
+    releases: Mapping[Release, Mapping[str, Spec]] = field(repr=False)
+    plan: Plan
+
+    @classmethod
+    def of(cls, study: Study, strategy: Strategy, model: Mapping[str, Spec]) -> Vectors:
+        """Of a study, for a model of these shapes.
+
+        Raises:
+            StudyError, UnsupportedError: as `masking_plan`.
+            UnsupportedError: an array is not of floats.
+        """
+        counted = study.privacy is not None and study.privacy.unit == "client" and study.privacy.clipping == "adaptive"
+        releases = release_specs(strategy, model, counted=counted)
+        for specs in releases.values():
+            for name, spec in specs.items():
+                if np.dtype(spec.dtype).kind != "f":
+                    raise UnsupportedError(f"secure aggregation: array {name!r} holds {spec.dtype}, expected floats")
+        length = sum(math.prod(spec.shape) for specs in releases.values() for spec in specs.values())
+        return cls(study, releases, masking_plan(study, length))
+
+    @property
+    def length(self) -> int:
+        """Coordinates of an update, the weight's not counted."""
+        return self.plan.encoding.length
+
+    @property
+    def clip_bound(self) -> float:
+        """Under a client-level plan: what a sum is multiplied with so that nobody's rounded contribution to it exceeds the clip.
+
+        Rounding moves each coordinate by less than 1, so a vector of norm s comes out with a norm below s + sqrt(length).
+        """
+        if self.study.privacy is None or self.study.privacy.unit != "client":
+            return 1.0
+        return self.plan.encoding.scale / (self.plan.encoding.scale + math.sqrt(self.length))
+
+    def unit_in(self, shared: Arrays) -> float:
+        """What the releases of a client-level plan are measured in: the round's clip. 1 without such a plan."""
+        if self.study.privacy is None or self.study.privacy.unit != "client":
+            return 1.0
+        from fedlearn.privacy.study import clip_in
+
+        return clip_in(self.study.privacy, shared)
+
+    def encode(self, update: Update, key: bytes, *, unit: float = 1.0) -> Vector:
+        """An update as ring elements, clipped and rounded.
+
+        Args:
+            update: of one client.
+            key: what the rounding follows from; see `rounding_key`.
+            unit: as `unit_in` says.
+
+        Raises:
+            UpdateError: it holds other arrays than it should, is not finite, or has no examples.
+        """
+        if sorted(update.private) != sorted(release.name for release in self.releases) or update.examples < 1:
+            raise UpdateError(
+                f"update: releases {sorted(update.private)} of {update.examples} examples, expected"
+                f" {sorted(release.name for release in self.releases)} of at least one"
+            )
+        cap = self.plan.encoding.weight_cap
+        weight = min(update.examples, cap)
+        flat: npt.NDArray[np.floating[Any]] = np.empty(
+            self.length, dtype=np.float64 if self._widened(unit) else np.float32
+        )
+        at = 0
+        for release, specs in self.releases.items():
+            arrays = update.private[release.name]
+            check_same(arrays, specs)
+            # Everything is scaled by weight / cap when it is encoded; what counts once has to come out as it is.
+            factor = cap / weight if release.weighting is Weighting.UNIFORM else 1.0
+            factor /= 1.0 if release.name == UNCLIPPED else unit
+            for name in specs:
+                part = flat[at : at + arrays[name].size]
+                at += len(part)
+                part[:] = arrays[name].reshape(-1)
+                if factor != 1.0:
+                    np.multiply(part, factor, out=part)
+        return self.plan.encoding.encode(flat, weight, key)
+
+    def _widened(self, unit: float) -> bool:
+        plain = unit == 1.0 and all(release.weighting is Weighting.EXAMPLES for release in self.releases)
+        return not plain or any(spec.dtype == "float64" for specs in self.releases.values() for spec in specs.values())
+
+    def totals(self, sum_: Decoded, *, unit: float = 1.0) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
+        """By release the sum over clients, float64: of share times array where examples weigh, of the array where each counts once."""
+        found: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
+        at = 0
+        for release, specs in self.releases.items():
+            step = (1.0 if release.name == UNCLIPPED else unit) / self.plan.encoding.scale * self.clip_bound
+            found[release.name] = {}
+            for name, spec in specs.items():
+                size = math.prod(spec.shape)
+                total: npt.NDArray[np.float64] = sum_.integers[at : at + size].astype(np.float64) * step
+                found[release.name][name] = total.reshape(spec.shape)
+                at += size
+        return found
+
+    def aggregate(self, sum_: Decoded, clients: int, population: int) -> Aggregate:
+        """What the server rule sees.
+
+        Raises:
+            UpdateError: the total weight is not one that these clients can have.
+        """
+        cap = self.plan.encoding.weight_cap
+        if not clients <= sum_.weight <= clients * cap:
+            raise UpdateError(
+                f"sum: {sum_.weight} examples of {clients} clients, expected {clients} to {clients * cap};"
+                " some client sent a vector that is no encoded update"
+            )
+        means: dict[str, Arrays] = {}
+        for release in self.releases:
+            weight = clients if release.weighting is Weighting.UNIFORM else sum_.weight / cap
+            means[release.name] = {
+                name: np.asarray(total / weight) for name, total in self.totals(sum_)[release.name].items()
+            }
+        return Aggregate(means, clients, population, examples=sum_.weight)
+
+
+def rounding_key(study: Study, round_: int, client: str) -> bytes:
+    """What a seeded client's rounding follows from; as the rest of its chance it does not depend on the attempt."""
+    seed = hashlib.sha256(f"{study.seed}/{round_}/{client}".encode()).digest()
+    return digest_of("rounding", seed)[:KEY_BYTES]

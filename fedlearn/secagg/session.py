@@ -1,0 +1,154 @@
+"""A client's part in secure aggregation over all attempts of one run: what an agent, a Flower client and a simulated one have in common.
+
+It takes and gives bytes, as they travel. The attempt under way and the check-in for the next one are open at a time; a later one ends the earlier ones, and
+their secrets go. Nothing is stored: who loses this object has dropped out of its attempts, which the others survive.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from fedlearn.release.keys import AttemptId
+from fedlearn.secagg.breach import Breach, SecureAggregationError
+from fedlearn.secagg.client import ClientRound, Identity
+from fedlearn.secagg.enrolment import Enrolment, Entry, entries_from_bytes, entries_to_bytes, identities_of
+from fedlearn.secagg.messages import FromServer, Roster, from_bytes, to_bytes
+from fedlearn.secagg.plan import Plan, Terms
+from fedlearn.secagg.primitives import Draw
+from fedlearn.secagg.ring import Vector
+
+OPEN_ATTEMPTS: Final = 4
+"""Attempts that a client holds keys for: the current one, the next one, and those that a retry overtakes."""
+
+
+@dataclass(frozen=True)
+class _Open:
+    round: ClientRound
+    entry: bytes
+    plan: Plan
+    trust: dict[str, bytes] = field(repr=False)
+
+
+class MaskingSession:
+    """One client in one run.
+
+    Args:
+        run: the run's name.
+        identity: who it is.
+        claim: what proves that its key is its own.
+        enrolment: verifies the others' claims.
+        draw: randomness for an attempt: the operating system's in earnest.
+    """
+
+    def __init__(
+        self, run: str, identity: Identity, claim: bytes, enrolment: Enrolment, draw: Callable[[AttemptId], Draw]
+    ) -> None:
+        self._run, self._identity, self._claim = run, identity, claim
+        self._enrolment, self._draw = enrolment, draw
+        self._open: dict[AttemptId, _Open] = {}
+        self._last: AttemptId | None = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"MaskingSession({self._identity.name!r}, {self._run}, {len(self._open)} open)"
+
+    def check_in(self, at: AttemptId, plan: Plan) -> bytes:
+        """Fresh public keys for an attempt, as one entry; the same again for the same attempt.
+
+        Raises:
+            SecureAggregationError: REPLAY: a later attempt was taken part in. EQUIVOCATION: it was asked for under another plan.
+        """
+        with self._lock:
+            return self._checked_in(at, plan).entry
+
+    def share(self, at: AttemptId, plan: Plan, subject: bytes, entries: bytes) -> bytes:
+        """Verify the roster, and share this client's secrets of the attempt. Earlier attempts are over.
+
+        Args:
+            at: the attempt.
+            plan: the study's.
+            subject: digest of the model and the configuration that this client will train with.
+            entries: the roster's check-ins with their claims.
+
+        Raises:
+            SecureAggregationError: by what is wrong; the attempt is over for this client.
+        """
+        with self._lock:
+            mine = self._checked_in(at, plan)
+            self._forget_before(at)
+            self._last = at
+            roster = entries_from_bytes(entries)
+            known = len(mine.trust) > 1
+            if not known:  # the same roster again is answered as before, another one is refused by the round
+                mine.trust.update(identities_of(self._enrolment, [e for e in roster if not self._is_own(e)]))
+                mine.round.bind(subject)
+            answer = mine.round.receive(Roster(tuple(entry.check_in for entry in roster)))
+            assert answer is not None
+            return to_bytes(answer)
+
+    def mask(self, at: AttemptId, delivery: bytes, vector: Vector, *, threads: int = 1) -> bytes:
+        """The encoded update under its masks; once for each attempt.
+
+        Raises:
+            SecureAggregationError: the delivery is refused, or this client holds no keys of the attempt.
+        """
+        with self._lock:
+            mine = self._need(at)
+            mine.round.receive(_from_server(delivery))
+            return to_bytes(mine.round.mask(vector, threads=threads))
+
+    def open(self, at: AttemptId, survivors: bytes) -> bytes:
+        """This client's shares that open the sum over these survivors; its secrets of the attempt are gone then.
+
+        Raises:
+            SecureAggregationError: the survivors are refused, or this client holds no keys of the attempt.
+        """
+        with self._lock:
+            answer = self._need(at).round.receive(_from_server(survivors))
+            assert answer is not None
+            return to_bytes(answer)
+
+    def close(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._forget_before(None)
+
+    def _checked_in(self, at: AttemptId, plan: Plan) -> _Open:
+        known = self._open.get(at)
+        if known is not None:
+            if known.plan != plan:
+                raise SecureAggregationError(Breach.EQUIVOCATION, f"asked for {at} under another plan than before")
+            return known
+        trust = {self._identity.name: self._identity.key.public}
+        party = ClientRound(Terms(self._run, at, plan), self._identity, trust, self._draw(at), after=self._last)
+        entry = entries_to_bytes([Entry(party.check_in(), self._claim)])
+        if len(self._open) >= OPEN_ATTEMPTS:
+            self._open.pop(min(self._open)).round.abandon()
+        self._open[at] = _Open(party, entry, plan, trust)
+        return self._open[at]
+
+    def _need(self, at: AttemptId) -> _Open:
+        if at not in self._open:
+            raise SecureAggregationError(
+                Breach.UNEXPECTED,
+                f"this client holds no keys of {at}",
+                hint="it was restarted during the round; it takes part in the next one",
+            )
+        return self._open[at]
+
+    def _is_own(self, entry: Entry) -> bool:
+        return entry.check_in.client == self._identity.name
+
+    def _forget_before(self, at: AttemptId | None) -> None:
+        for other in [other for other in self._open if at is None or other < at]:
+            self._open.pop(other).round.abandon()
+
+
+def _from_server(data: bytes) -> FromServer:
+    message = from_bytes(data)
+    if not isinstance(message, FromServer):
+        raise SecureAggregationError(Breach.UNEXPECTED, f"got {type(message).__name__}, which only a client says")
+    return message
