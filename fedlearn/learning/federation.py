@@ -29,16 +29,16 @@ from fedlearn.learning.postprocess import apply_on_server, chain_of
 from fedlearn.learning.strategy import ServerState, Strategy
 from fedlearn.learning.update import DELTA, Aggregate, Update
 from fedlearn.privacy.study import with_clip, without_clip
-from fedlearn.release.coordinator import RoundMachine
 from fedlearn.release.checksum import checksum_of
+from fedlearn.release.coordinator import RoundMachine
 from fedlearn.release.keys import AttemptId, record_key
 from fedlearn.release.round import Begin, NoMasking, Resume, RoundPolicy, RoundState
 from fedlearn.release.round import Failed as RunOver
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
-    from fedlearn.privacy.central import CentralPlan
     from fedlearn.learning.masked import SecureRounds, SecureSum
+    from fedlearn.privacy.central import CentralPlan
     from fedlearn.release.journal import Journal
     from fedlearn.study import Study
 
@@ -77,10 +77,10 @@ class Federation:
         clock: durations come from it.
         should_stop: asked between rounds.
         conditions: of a simulated world; None in the real one.
+        secure: the rounds' masks; given exactly where the study asks for secure aggregation.
         may_join: False where nobody else can come, as in a simulation: `cohort.wait_for` is then of no use.
         rehearsal: all chance follows from the study's seed, whatever it asks for: a simulation.
     """
-        secure: the rounds' masks; given exactly where the study asks for secure aggregation.
 
     def __init__(
         self,
@@ -98,13 +98,13 @@ class Federation:
         may_join: bool = True,
         rehearsal: bool = False,
         conditions: Conditions | None = None,
+        secure: SecureRounds | None = None,
     ) -> None:
         check_combination(study, strategy)
         if (secure is None) == study.secure_aggregation.enabled:
             raise LocalProtocolError("federation: its rounds are not masked as the study asks")
         self._secure = secure
         self._central = _central_plan(study, rehearsal=rehearsal)
-        secure: SecureRounds | None = None,
         # Under a plan a metric of a site leaves it through a charged mechanism or not at all; a rehearsal has no site.
         self._may_score = study.privacy is None or rehearsal or study.privacy.evaluation_noise is not None
         self._study, self._run, self._strategy, self._backend = study, run, strategy, backend
@@ -211,6 +211,8 @@ class Federation:
             self._machine.close()
         elif self._machine.state is RoundState.REFILL:
             self._machine.void("the sum could not be made again after the coordinator's restart")
+        if self._secure is not None:
+            self._secure.open(self._machine, work)
         if self._machine.state is not RoundState.SUMMED:
             self._give_up(at)
             return
@@ -225,8 +227,6 @@ class Federation:
             self._run,
             at.round,
             at.attempt,
-        if self._secure is not None:
-            self._secure.open(self._machine, work)
             clients=clients,
             dropped=len(roster) - clients,
             seconds=self._clock.monotonic() - started_s,
@@ -261,6 +261,8 @@ class Federation:
     def _release(self, at: AttemptId) -> tuple[Aggregate, float | None] | None:
         """What the server rule may see of the sum, and the next clip of an adaptive one; None when the attempt is void."""
         total = self._machine.total
+        if self._secure is not None:
+            total = self._secure.opened(total, self._state.shared)
         try:
             if self._central is not None:
                 return self._central.release(at, total, self._state.shared)
@@ -271,12 +273,13 @@ class Federation:
 
     def _new_sum(self) -> Collector | SecureSum:
         """An empty one for the machine, which forgets the one before: a sum, or files on disk."""
+        if self._secure is not None:
+            self._secure_sum = self._secure.new_sum()
+            return self._secure_sum
         if self._collector is not None:
             self._collector.close()
         counted = self._central is not None and self._central.counted
         self._collector = collector_for(self._strategy, self._initial, counted=counted)
-        if self._secure is not None:
-            total = self._secure.opened(total, self._state.shared)
         return self._collector
 
     def _next_state(self, at: AttemptId, aggregate: Aggregate, clip_l2: float | None) -> ServerState:
@@ -288,9 +291,6 @@ class Federation:
         try:
             for part in PARTS:
                 named.check_finite(getattr(state, part), what=f"round {at.round}: the server's {part}")
-        if self._secure is not None:
-            self._secure_sum = self._secure.new_sum()
-            return self._secure_sum
         except UpdateError as error:
             self._machine.fail(error.message)
             raise RunFailedError(
@@ -415,6 +415,8 @@ def _claims(reply: Fitted | Summed | Said | Failed) -> Iterator[tuple[str, Mappi
     match reply:
         case Fitted(client, update):
             yield client, update.facts, update.examples
+        case Said(client):
+            yield client, {}, 0
         case Summed(partial, facts):
             yield from ((client, facts[client], examples) for client, examples in partial.examples.items())
         case Failed(client):
@@ -434,8 +436,6 @@ def _past_the_last(rounds: int) -> Begin:
 
 
 def _row(event: events.RoundFinished | events.Evaluated) -> bytes:
-        case Said(client):
-            yield client, {}, 0
     row = events.to_dict(event, 0.0)
     for key in ("event", "at", "run", "round"):
         row.pop(key)

@@ -215,6 +215,7 @@ def run_ready(
     from fedlearn.learning.device import resolve_device
     from fedlearn.learning.federation import Federation
     from fedlearn.learning.local import initial_weights
+    from fedlearn.simulation.masked import secure_rounds
     from fedlearn.simulation.virtual import EnvironmentBackend
 
     study, population = ready.study, ready.population
@@ -226,7 +227,6 @@ def run_ready(
     started = time.monotonic()
     try:
         backend: Backend = make_backend(
-    from fedlearn.simulation.masked import secure_rounds
             ready.setting.backend,
             study,
             population,
@@ -242,6 +242,8 @@ def run_ready(
         world: EnvironmentBackend | None = None
         if study.environment is not None:
             backend = world = EnvironmentBackend(backend, study, study.environment, population, ready.strategy)
+        journal = journal if journal is not None else DictJournal()
+        initial = initial_weights(population.task, study)
         with closing(backend):
             outcome = Federation(
                 study,
@@ -253,11 +255,10 @@ def run_ready(
                 metric=population.task.card.metric,
                 emit=manner.emit,
                 should_stop=manner.should_stop,
-        journal = journal if journal is not None else DictJournal()
-        initial = initial_weights(population.task, study)
                 may_join=False,
                 rehearsal=True,
                 conditions=world,
+                secure=secure_rounds(study, ready.strategy, initial, backend, journal, len(population.client_ids)),
             ).run()
     finally:
         torch.set_num_threads(threads)
@@ -269,7 +270,6 @@ def _check_cohort(study: Study, clients: int) -> None:
     for key, asked in (("cohort.size", study.cohort.size), ("cohort.minimum", study.cohort.minimum)):
         if asked is not None and asked > clients:
             raise StudyError(
-                secure=secure_rounds(study, ready.strategy, initial, backend, journal, len(population.client_ids)),
                 f"{key}: got {asked}, this study has {clients} clients",
                 hint=f"{key} may be up to {clients}; a partition makes more clients with data.clients",
             )
