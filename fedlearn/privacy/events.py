@@ -1,7 +1,7 @@
 """What a mechanism did to the data, as a tree: the only thing that an accountant is told.
 
-The kinds and their fields are dp-accounting's (Google, `dp_event.py`), so that each has one meaning; here they are values that can be
-compared, counted and kept as canonical JSON in a ledger. An event that is not one of these is refused, never guessed.
+The kinds and their fields are dp-accounting's (Google, `dp_event.py`), so that each has one meaning, and two that it lacks, for integer noise
+under secure aggregation; here they are values that can be compared, counted and kept as canonical JSON in a ledger. An event that is not one of these is refused, never guessed.
 
 `noise_multiplier` is always standard deviation / L2 sensitivity, and the sensitivity is that of the relation the event is accounted under:
 for a sum of vectors clipped to C it is C when one unit is added or removed, and 2 C when one is replaced.
@@ -107,11 +107,61 @@ class Composed:
             raise StudyError(f"event: got {len(self.events)} parts, limit MAX_PARTS is {MAX_PARTS}")
 
 
-Leaf = Gaussian | ZeroConcentrated | PoissonSampled | SampledWithoutReplacement
+@dataclass(frozen=True)
+class Skellam:
+    """One release of an integer vector plus independent Skellam noise, of which honest clients add so much together.
+
+    Args:
+        variance: of each number.
+        l2: sensitivity of the vector, in the same integer units.
+        l1: sensitivity.
+    """
+
+    variance: float
+    l2: float
+    l1: float
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            _positive(one.name, getattr(self, one.name))
+
+
+@dataclass(frozen=True)
+class DiscreteGaussians:
+    """One release of an integer vector plus the sum of independent discrete Gaussian noise of so many honest clients.
+
+    Args:
+        variance: parameter of each client's noise; at least 1/4.
+        shares: honest clients that add noise.
+        dimension: numbers in the vector.
+        l2: sensitivity of the vector, in the same integer units.
+        l1: sensitivity.
+    """
+
+    variance: float
+    shares: int
+    dimension: int
+    l2: float
+    l1: float
+
+    def __post_init__(self) -> None:
+        for name in ("variance", "l2", "l1"):
+            _positive(name, getattr(self, name))
+        if self.variance < 0.25 or not 1 <= self.shares <= MAX_COUNT or not 1 <= self.dimension <= MAX_COUNT:
+            raise StudyError(
+                f"event: got {self.shares} shares of variance {self.variance:g} on {self.dimension} numbers,"
+                " expected at least one share of at least 1/4, and a number"
+            )
+
+
+Leaf = Gaussian | ZeroConcentrated | PoissonSampled | SampledWithoutReplacement | Skellam | DiscreteGaussians
 Event = Leaf | Repeated | Composed
 _KINDS: Final[Mapping[str, type[Any]]] = {
     kind.__name__: kind
-    for kind in (Gaussian, ZeroConcentrated, PoissonSampled, SampledWithoutReplacement, Repeated, Composed)
+    for kind in (
+        *(Gaussian, ZeroConcentrated, PoissonSampled, SampledWithoutReplacement, Skellam, DiscreteGaussians),
+        *(Repeated, Composed),
+    )
 }
 
 

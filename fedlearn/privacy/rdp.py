@@ -3,13 +3,15 @@
 Sampled Gaussian   Mironov, Talwar and Zhang 2019, "Rényi differential privacy of the sampled Gaussian mechanism", section 3:
                    A(alpha) = E[((1 - q) + q exp((2 z - 1) / (2 sigma^2)))^alpha], z ~ N(0, sigma^2), here by quadrature for all alpha
 Without replacement  Wang, Balle and Kasiviswanathan 2019, "Subsampled Rényi differential privacy", theorem 27, integer alpha
+Skellam            Agarwal, Kairouz and Liu 2021, "The Skellam mechanism for differentially private federated learning", corollary 3.6, integer alpha
+Discrete Gaussians  Kairouz, Liu and Steinke 2021, "The distributed discrete Gaussian mechanism for federated learning", proposition 14
 Conversion         Canonne, Kamath and Steinke 2020, "The discrete Gaussian", proposition 12
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Final
 
@@ -19,11 +21,13 @@ from scipy.special import gammaln, logsumexp
 
 from fedlearn.errors import UnsupportedError
 from fedlearn.privacy.events import (
+    DiscreteGaussians,
     Gaussian,
     Leaf,
     PoissonSampled,
     Relation,
     SampledWithoutReplacement,
+    Skellam,
     ZeroConcentrated,
 )
 
@@ -67,6 +71,10 @@ def _rdp_of(leaf: Leaf, relation: Relation, orders: tuple[float, ...]) -> FloatA
         case SampledWithoutReplacement(size, population, Gaussian(sigma)) if relation is Relation.REPLACE_ONE:
             whole = size == population
             return _gaussian(sigma, orders) if whole else _without_replacement(size / population, sigma, orders)
+        case Skellam():
+            return _between_integers(lambda alpha: _skellam(leaf, alpha), orders)
+        case DiscreteGaussians():
+            return _between_integers(lambda alpha: _discrete_gaussians(leaf, alpha), orders)
     raise UnsupportedError(
         f"accounting: no bound is known for {type(leaf).__name__} when neighbours {relation.value.replace('-', ' ')}",
         hint="Poisson sampling goes with add-or-remove-one, a fixed cohort with replace-one",
@@ -124,13 +132,41 @@ def _poisson(q: float, sigma: float, orders: tuple[float, ...]) -> FloatArray:
 
 
 def _without_replacement(q: float, sigma: float, orders: tuple[float, ...]) -> FloatArray:
-    """Between integers (alpha - 1) times the divergence is convex, so its chord is a bound (corollary 10)."""
+    return _between_integers(lambda alpha: _log_a_without_replacement(q, sigma, alpha) / (alpha - 1), orders)
+
+
+def _between_integers(divergence: Callable[[int], float], orders: tuple[float, ...]) -> FloatArray:
+    """Between integers (alpha - 1) times the divergence is convex and 0 at 1, so its chord is a bound (Wang et al. 2019, corollary 10)."""
     found = np.empty(len(orders))
     for i, alpha in enumerate(orders):
         below, above = math.floor(alpha), math.ceil(alpha)
-        low, high = (_log_a_without_replacement(q, sigma, one) for one in (below, above))
+        low, high = ((one - 1) * divergence(one) if one > 1 else 0.0 for one in (below, above))
         found[i] = (low + (alpha - below) * (high - low)) / (alpha - 1)
     return found
+
+
+def _skellam(leaf: Skellam, alpha: int) -> float:
+    mu, squared = leaf.variance, leaf.l2**2
+    extra = min(((2 * alpha - 1) * squared + 6 * leaf.l1) / (4 * mu**2), 3 * leaf.l1 / (2 * mu))
+    return alpha * squared / (2 * mu) + extra
+
+
+def _discrete_gaussians(leaf: DiscreteGaussians, alpha: int) -> float:
+    """tau bounds how far a sum of discrete Gaussians is from one, at every value."""
+    whole, tau = math.sqrt(leaf.shares * leaf.variance), tau_of(leaf.variance, leaf.shares)
+    l2, l1 = leaf.l2 / whole, leaf.l1 / whole
+    return min(
+        alpha / 2 * l2**2 + tau * leaf.dimension,
+        alpha / 2 * (l2**2 + 2 * l1 * tau + tau**2 * leaf.dimension),
+        alpha / 2 * (l2 + tau * math.sqrt(leaf.dimension)) ** 2,
+    )
+
+
+@lru_cache(maxsize=256)
+def tau_of(variance: float, shares: int) -> float:
+    """10 times the sum over k = 1 ... shares - 1 of exp(-2 pi^2 v k / (k + 1)): Kairouz, Liu and Steinke 2021, theorem 1."""
+    k = np.arange(1, shares)
+    return 10 * float(np.exp(-2 * math.pi**2 * variance * k / (k + 1)).sum())
 
 
 @lru_cache(maxsize=8192)

@@ -1,7 +1,8 @@
 """Secure aggregation: the coordinator learns the sum of the clients' updates and nothing else. docs/secure-aggregation.md explains it.
 
 The protocol has no I/O: `ClientRound` and `ServerRound` take messages and return messages, `run_in_memory` runs all parties on one desk. A `Plan` says what a
-study fixes, `Encoding` how an update becomes integers. What the other side does wrong ends in a `SecureAggregationError` that names a `Breach`.
+study fixes, `Encoding` how an update becomes integers; noise in the sum (`noise`, `rotation`, `floor`, `surplus`) is put together by
+`fedlearn.privacy.distributed`. What the other side does wrong ends in a `SecureAggregationError` that names a `Breach`.
 """
 
 from fedlearn.secagg.breach import Breach, SecureAggregationError

@@ -16,12 +16,18 @@ from fedlearn.secagg.ring import from_ring, unpack
 from fedlearn.secagg.shamir import check_share, combine
 from tests.vectors.secagg import generate
 
-PINNED = {name: json.loads((generate.FOLDER / f"{name}.json").read_text()) for name in ("primitives", "transcripts")}
+PINNED = {
+    name: json.loads((generate.FOLDER / f"{name}.json").read_text()) for name in ("primitives", "noise", "transcripts")
+}
 FIXED = PINNED["primitives"]
 
 
 def test_nothing_has_changed():
     assert json.loads(json.dumps(generate.primitives())) == FIXED
+
+
+def test_no_noise_has_changed():
+    assert json.loads(json.dumps(generate.noise())) == PINNED["noise"]
 
 
 @pytest.mark.parametrize("row", PINNED["transcripts"], ids=lambda r: r["suite"])

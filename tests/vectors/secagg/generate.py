@@ -1,6 +1,7 @@
 """Write the pinned vectors of secure aggregation: `python -m tests.vectors.secagg.generate`. The tests compare; this only runs when the protocol changes.
 
 primitives.json   key streams, derived keys, shares and packed vectors for fixed inputs, good and bad
+noise.json        tables, numbers and rotations for fixed keys; one client's noisy update, and what surplus it leaves
 transcripts.json  one attempt of four clients for each suite: every message as bytes, the transcript, the sum
 """
 
@@ -14,12 +15,15 @@ from typing import Any
 import numpy as np
 
 from fedlearn.secagg.messages import Delivery, to_bytes
+from fedlearn.secagg.noise import Noise, magnitudes, sample
 from fedlearn.secagg.plan import Profile
 from fedlearn.secagg.primitives import SeededDraw, Suite, derive, key_stream, new_identity, new_key, seal, sign
 from fedlearn.secagg.quantize import Encoding
 from fedlearn.secagg.ring import RING_BITS, pack, to_ring
+from fedlearn.secagg.rotation import rotated
 from fedlearn.secagg.server import Stage
 from fedlearn.secagg.shamir import PRIME, SHARE_BYTES, split
+from fedlearn.secagg.surplus import Surplus
 from tests.support.secagg_world import SUBJECT, World, name_of
 
 FOLDER = Path(__file__).parent
@@ -73,6 +77,43 @@ def primitives() -> dict[str, Any]:
     }
 
 
+def noise() -> dict[str, Any]:
+    """What a server that takes surplus noise off must draw as the client drew it, whatever machine either runs on."""
+    key, top = bytes(range(32)), bytes(range(32, 64))
+    drawn = [
+        {
+            "kind": kind.value,
+            "variance": variance,
+            "first": sample(kind, variance, 20_000, key)[[*range(12), -1]].tolist(),
+        }
+        for kind in Noise
+        for variance in (0.05, 3.0, 54321.5, 1e8)
+    ]
+    tables = {
+        f"{kind.value} {variance}": hashlib.sha256(repr(magnitudes(kind, variance)).encode()).hexdigest()
+        for kind in Noise
+        for variance in (0.05, 3.0, 54321.5)
+    }
+    surplus = Surplus.over(1000.0, 5, {8: 6, 10: 8})
+    vector = np.zeros(20_000, dtype="<u4")
+    surplus.add(vector, key, top)
+    full = hashlib.sha256(vector.tobytes()).hexdigest()
+    surplus.remove(vector, 10, [top])
+    return {
+        "key": key.hex(),
+        "drawn": drawn,
+        "magnitudes": tables,
+        "rotation": [round(x, 9) for x in rotated(np.arange(7.0), key).tolist()],
+        "surplus": {
+            "top": top.hex(),
+            "keys": [one.hex() for one in surplus.keys(top, 2)],
+            "anchor": surplus.anchor(top, 2).hex(),
+            "added": full,
+            "left": hashlib.sha256(vector.tobytes()).hexdigest(),
+        },
+    }
+
+
 def transcript(suite: Suite, profile: Profile, bits: int) -> dict[str, Any]:
     """Four clients, the last of which shares and then vanishes."""
     world = World(4, seed="vectors", ring_bits=bits, weight_cap=3, plan={"suite": suite, "profile": profile})
@@ -118,7 +159,7 @@ def transcripts() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    for name, made in (("primitives", primitives()), ("transcripts", transcripts())):
+    for name, made in (("primitives", primitives()), ("noise", noise()), ("transcripts", transcripts())):
         (FOLDER / f"{name}.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
