@@ -14,6 +14,7 @@ from fedlearn.errors import FedlearnError, StateError
 from fedlearn.learning.runtime import RunRuntime
 from fedlearn.link import flower
 from fedlearn.link.grid import GridCancelledError
+from server.heads import StoredHeads
 from server.records import RunRow, RunStatus
 from server.run_state import RunJournal, RunModel
 
@@ -74,6 +75,7 @@ class ActiveRun:
             RunJournal(store, row.run),
             lambda: self._stop,
             client_name,
+            StoredHeads(store),
         )
         # A Flower grid has no such attribute: apps that know of it look for it, others never see it.
         grid.runtime = runtime  # type: ignore[attr-defined]

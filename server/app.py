@@ -60,6 +60,7 @@ def main(grid: Grid, context: Context) -> None:
         grid,
         RequestEncoder(run, study.to_json(), own.digest),
         client_name=runtime.client_name if runtime is not None else None,
+        heads=runtime.heads if runtime is not None else None,
     )
     federation = Federation(
         study,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -9,14 +10,19 @@ from typing import TYPE_CHECKING, Any, Final
 from flwr.app import Message, MessageType, RecordDict
 
 from fedlearn.clock import Clock, SystemClock
-from fedlearn.errors import FedlearnError
+from fedlearn.errors import FedlearnError, RemoteProtocolError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange, Failed, Fitted, Scored, Work
+from fedlearn.learning.heads import put_heads, take_heads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flwr.serverapp import Grid
+
+    from fedlearn.learning.heads import HeadMemory
+
+log = logging.getLogger("fedlearn.server")
 
 DESCRIBE_S: Final = 120.0
 """A client answers its first message only when its worker has loaded torch and the data."""
@@ -40,6 +46,7 @@ class GridBackend:
         encoder: makes the requests of this run.
         client_name: node id to the name in that client's certificate; None where the runtime knows no such name.
         clock: deadlines come from it.
+        heads: of the sites' ledgers; each site is shown its own with every request. Used where names are certified.
     """
 
     def __init__(
@@ -48,8 +55,10 @@ class GridBackend:
         encoder: messages.RequestEncoder,
         client_name: Callable[[int], str] | None = None,
         clock: Clock | None = None,
+        heads: HeadMemory | None = None,
     ) -> None:
         self._grid, self._encoder, self._client_name = grid, encoder, client_name
+        self._heads = heads if client_name is not None else None
         self._clock = clock if clock is not None else SystemClock()
         self._node_of: dict[str, int] = {}
         self._refused: dict[int, str] = {}
@@ -95,6 +104,8 @@ class GridBackend:
         """Each client of the cohort once, with its reply's content or the reason why there is none."""
         requests = self._encoder.encode(exchange, work)
         present = {client: request for client, request in requests.items() if client in self._node_of}
+        for client, request in present.items():
+            self._remind(client, request)
         for client in sorted(requests.keys() - present.keys()):
             yield client, "not connected"
         outgoing = {
@@ -106,6 +117,7 @@ class GridBackend:
         client_of = {node: client for client, node in self._node_of.items()}
         del requests, present
         for node, reply in self._send(outgoing, work.deadline_s):
+            self._remember(client_of[node], reply)
             yield client_of[node], reply
 
     def _send(self, outgoing: dict[int, Message], deadline_s: float) -> Iterator[tuple[int, RecordDict | str]]:
@@ -145,7 +157,11 @@ class GridBackend:
     def _describe(self, nodes: Sequence[int]) -> None:
         if not nodes:
             return
-        outgoing = {n: Message(self._encoder.describe(), n, MessageType.QUERY, ttl=DESCRIBE_S) for n in nodes}
+        questions = {n: self._encoder.describe() for n in nodes}
+        for node, question in questions.items():
+            if self._heads is not None and self._client_name is not None:
+                self._remind(self._client_name(node), question)
+        outgoing = {n: Message(question, n, MessageType.QUERY, ttl=DESCRIBE_S) for n, question in questions.items()}
         started_s = self._clock.monotonic()
         answers = dict(self._send(outgoing, DESCRIBE_S))
         for node in nodes:  # not in order of arrival: of two that claim one name the smaller id has it
@@ -171,6 +187,22 @@ class GridBackend:
                 continue
             self._refused.pop(node, None)
             self._node_of[client] = node
+            self._remember(client, reply)
+
+    def _remind(self, client: str, request: RecordDict) -> None:
+        """Show a site how far its ledger had come when it last answered."""
+        if self._heads is not None:
+            put_heads(request, self._heads.remembered(client))
+
+    def _remember(self, client: str, reply: RecordDict | str) -> None:
+        """Keep the heads beside a reply; one that cannot be read costs nothing but itself."""
+        if self._heads is None or isinstance(reply, str):
+            return
+        try:
+            for head in take_heads(reply):
+                self._heads.remember(client, head)
+        except RemoteProtocolError as error:
+            log.warning("%s: %s", client, error.message)
 
     def _wait(self, ids: Sequence[str], timeout_s: float) -> Iterable[Message]:
         wait_messages: Any = getattr(self._grid, "wait_messages", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -57,6 +58,16 @@ participants = Table(
     Column("run", String(32), nullable=False),
     Column("client", String(80), nullable=False),
     UniqueConstraint("run", "client"),
+)
+
+# Over all runs: a site's ledger outlives them.
+ledger_heads = Table(
+    "ledger_heads",
+    metadata,
+    Column("client", String(80), primary_key=True),
+    Column("data_set", String(200), primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("head", Text, nullable=False),  # canonical JSON, signed by the site
 )
 
 # Large values in parts: no database takes a value of any size, and a part is what one read holds in memory.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fedlearn.events import Emit
+from fedlearn.learning.heads import HeadMemory
 from fedlearn.release.journal import Journal
 
 
@@ -43,6 +44,7 @@ class RunRuntime:
         journal: durable records of this run alone: every round, its checkpoint, and what the release path keeps.
         should_stop: True when somebody asked the run to stop; asked between rounds.
         client_name: node id to the name in that client's certificate.
+        heads: of the sites' ledgers, over all runs; None where nobody remembers any.
     """
 
     run_id: str
@@ -53,3 +55,4 @@ class RunRuntime:
     journal: Journal
     should_stop: Callable[[], bool]
     client_name: Callable[[int], str]
+    heads: HeadMemory | None = None
