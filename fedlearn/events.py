@@ -53,6 +53,17 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True)
+class PrivacyStated(Event):
+    """What the run promises, just before it begins, and what it has cost, before it ends; only where the study asks for privacy.
+
+    `statement` is of `fedlearn.privacy.statement.statement`: plain JSON types, its epsilon with all that it means.
+    """
+
+    run: str
+    statement: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class RoundStarted(Event):
     """A cohort was picked and the model is on its way."""
 

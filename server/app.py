@@ -99,5 +99,8 @@ def _save_beside(context: Context, study: Study, task: Task, outcome: Outcome, s
     """On stock Flower: write the run folder that the run's config names as `out`, if it does."""
     if folder := str(context.run_config.get("out", "")):
         history = History(outcome.history, task.card.metric)
-        facts = manifest(study, seconds) | {"runtime": "stock Flower: a rehearsal, nothing was enforced at the sites"}
+        facts = manifest(study, seconds) | {
+            "runtime": "stock Flower: a rehearsal, nothing was enforced at the sites",
+            "privacy": outcome.privacy,
+        }
         RunFolder(Path(folder)).save(study, outcome.state.model, history, facts)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from server.store import Store
 
 MODEL_FILE: Final = "model.safetensors"
+EDGE: Final = 8
+"""Events at a run's beginning, and at its end, among which is what is said once."""
 STOP_WAIT_S: Final = 5.0
 """How long an answer to `stop` waits for the round to end, so that it can say what became of the run."""
 
@@ -76,7 +78,7 @@ class Handlers:
         return [row for row in rows if row.run in mine]
 
     def _detail(self, row: RunRow) -> dict[str, Any]:
-        first = self._store.events(row.run, 0, limit=8)
+        first = self._store.events(row.run, 0, limit=EDGE)
         started = next((e for _, line in first if isinstance(e := events.from_json(line)[0], events.RunStarted)), None)
         return {
             "study": row.study,
@@ -86,9 +88,18 @@ class Handlers:
             "ended_at": row.ended_at,
             "stop_asked": row.stop_asked,
             "metric": started.metric if started else None,
+            "privacy": self._privacy(row.run),
             "clients": sorted(self._store.participants(row.run)),
             "history": committed_rounds(RunJournal(self._store, row.run), row.run),
         }
+
+    def _privacy(self, run: str) -> dict[str, Any] | None:
+        """What the run said last of its privacy: its cost, once it has ended, else its promise."""
+        for start in (max(0, self._store.next_event(run) - EDGE), 0):
+            for _, line in reversed(self._store.events(run, start, limit=EDGE)):
+                if isinstance(event := events.from_json(line)[0], events.PrivacyStated):
+                    return dict(event.statement)
+        return None
 
     def _export(self, row: RunRow, path: Path) -> None:
         data = self._store.load_model(row.run)

@@ -45,6 +45,8 @@ def _events(control: ControlClient, run_id: str) -> tuple[History, dict[str, Any
             case events.RunStarted() as started:
                 metric = started.metric
                 facts = {"clients": list(started.clients), "parameters": started.parameters}
+            case events.PrivacyStated() as said:
+                facts["privacy"] = dict(said.statement)
             case events.RoundFinished() as done:
                 rows[done.round] = {
                     "round": done.round,

@@ -96,6 +96,10 @@ def show(run: RunId, server: Server, tls: Tls = None, json: Json = False, debug:
     print(f"submitted  {_when(summary.submitted_at)}" + (f" by {detail['submitter']}" if "submitter" in detail else ""))
     if detail.get("reason"):
         print(f"reason     {detail['reason']}")
+    if detail.get("privacy"):
+        from fedlearn.privacy.statement import lines
+
+        print("\n" + "\n".join(lines(detail["privacy"])))
     rows = detail.get("history") or ()
     if rows:
         from fedlearn.report.history import History
@@ -173,12 +177,13 @@ def _follow(control: ControlClient, run_id: str, *, json: bool, out: Path | None
     if json:
         print_json(_outcome(run_id, view, folder))
         return 0
-    if view.evaluated is not None:
-        from fedlearn.cli.simulate import print_clients
+    from fedlearn.cli.simulate import print_clients, print_released
 
+    if view.evaluated is not None:
         print()
         print_clients(view.evaluated.clients, view.metric)
     print()
+    print_released(view.privacy)
     if isinstance(view.ended, events.RunFinished):
         where = f"it is in {folder}" if folder else f"fedlearn model get {run_id} --out DIR fetches the model"
         print(f"{view.rounds_done} rounds in {view.ended.seconds:.1f} s; {where}")
@@ -223,6 +228,7 @@ def _outcome(run_id: str, view: RunView, folder: Path | None) -> dict[str, Any]:
         "final": view.evaluated.mean.get(view.metric) if view.evaluated is not None else None,
         "clients": view.evaluated.clients if view.evaluated is not None else {},
         "model_digest": ended.model_digest if isinstance(ended, events.RunFinished) else None,
+        "privacy": view.privacy,
         "folder": str(folder) if folder else None,
         "history": view.round_rows,
     }

@@ -138,6 +138,14 @@ def print_clients(clients: Mapping[str, Mapping[str, float]], metric: str) -> No
     print_table(rows, ("client", *last, "test rows"), indent="  ")
 
 
+def print_released(statement: Mapping[str, Any] | None) -> None:
+    """What a run has cost, where its study asks for privacy."""
+    if statement is not None:
+        from fedlearn.privacy.statement import headline
+
+        print(f"privacy: {headline(statement)}")
+
+
 def print_profile(profile: Profile) -> None:
     """Seconds and percent by part, the largest first."""
     *parts, total = profile.table()
@@ -162,6 +170,7 @@ def _print_end(
     done = len(view.round_rows)
     if not done and not result.stopped:
         print(f"it was finished already, after {len(result.history)} rounds; --rounds N goes on to more")
+    print_released(result.privacy)
     speed = f", {view.clients_per_s:.1f} clients/s" if done else ""
     print(f"{done} rounds in {result.seconds:.1f} s{speed}; model, history and plot are in {folder}")
 
@@ -238,6 +247,7 @@ def _report(result: SimulationResult, folder: Path, clients: Mapping[str, Mappin
         "final": history.final() if history.metric in history.columns else None,
         "clients": clients,
         "model_digest": arrays.digest(result.weights),
+        "privacy": result.privacy,
         "folder": str(folder),
         **({} if result.profile is None else {"profile": result.profile.to_dict()}),
         "history": list(history),

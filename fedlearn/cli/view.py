@@ -50,6 +50,7 @@ class RunView:
         self.started: events.RunStarted | None = None
         self.evaluated: events.Evaluated | None = None
         self.ended: events.RunFinished | events.RunStopped | events.RunFailed | None = None
+        self.privacy: Mapping[str, Any] | None = None
         self.rounds_done = 0
         self.round_rows: list[dict[str, Any]] = []
         self._trained = self._of_round = self._cohort = self._out = 0
@@ -88,6 +89,8 @@ class RunView:
         match event:
             case events.RunStarted():
                 self._start(event)
+            case events.PrivacyStated():
+                self.privacy = event.statement
             case events.RoundStarted():
                 self._flush()
                 self._of_round, self._cohort, self._out = 0, event.cohort_size, 0
@@ -135,6 +138,11 @@ class RunView:
             self._line(f"  resumed after round {event.rounds_done}")
             return
         self._line(f"{event.study}: {event.population} clients, {event.rounds} rounds, {event.parameters} parameters")
+        if self.privacy is not None:
+            from fedlearn.privacy.statement import lines
+
+            for line in lines(self.privacy):
+                self._line(line)
         self._line(_row("round", "clients", "seconds", "train loss", event.metric))
 
     def _advance(self, *, seldom: bool = False) -> None:

@@ -28,6 +28,7 @@ from fedlearn.learning.conditions import Conditions
 from fedlearn.learning.postprocess import apply_on_server, chain_of
 from fedlearn.learning.strategy import ServerState, Strategy
 from fedlearn.learning.update import DELTA, Aggregate, Update
+from fedlearn.privacy.statement import Statements
 from fedlearn.privacy.study import with_clip, without_clip
 from fedlearn.release.checksum import checksum_of
 from fedlearn.release.coordinator import RoundMachine
@@ -55,11 +56,13 @@ class Outcome:
         state: the server's state after the last committed round.
         history: one row a round, with its evaluation where there was one.
         stopped: True when somebody stopped the run before its last round.
+        privacy: what was released, as `fedlearn.privacy.statement.statement` says it; None where the study asks for no privacy.
     """
 
     state: ServerState
     history: tuple[Mapping[str, Any], ...] = field(repr=False)
     stopped: bool = False
+    privacy: Mapping[str, Any] | None = None
 
 
 class Federation:
@@ -111,6 +114,7 @@ class Federation:
         self._journal, self._metric, self._emit, self._should_stop = journal, metric, emit, should_stop
         self._clock = clock if clock is not None else SystemClock()
         self._may_join, self._conditions = may_join, conditions
+        self._statements = Statements(study, run, emit, rehearsal=rehearsal)
         self._chain = chain_of(study)
         self._initial = initial
         self._state = self._load_state()
@@ -141,6 +145,7 @@ class Federation:
         try:
             clients = self._gather()
             self._population = self._fixed_population(len(clients))
+            self._statements.begin()
             self._emit(
                 events.RunStarted(
                     self._run,
@@ -156,18 +161,21 @@ class Federation:
             self._evaluate_if_due()
             while (step := self._machine.next_step) != _past_the_last(self._study.rounds):
                 if self._should_stop():
+                    privacy = self._say_released()
                     self._emit(events.RunStopped(self._run, self._state.round))
-                    return Outcome(self._state, self.history(), stopped=True)
+                    return Outcome(self._state, self.history(), stopped=True, privacy=privacy)
                 self._round(step)
         except RunFailedError as error:
+            self._say_released()
             self._emit(events.RunFailed(self._run, error.message))
             raise
         finally:
             if self._collector is not None:
                 self._collector.close()
         digest = named.digest(self._state.model)
+        privacy = self._say_released()
         self._emit(events.RunFinished(self._run, self._state.round, self._clock.monotonic() - started_s, digest))
-        return Outcome(self._state, self.history())
+        return Outcome(self._state, self.history(), privacy=privacy)
 
     def history(self) -> tuple[Mapping[str, Any], ...]:
         """One row for each committed round, as recorded."""
@@ -178,6 +186,12 @@ class Federation:
             evaluated = self._journal.get(self._place("evaluated", number))
             rows.append({"round": number, **row, **({} if evaluated is None else json.loads(evaluated))})
         return tuple(rows)
+
+    def _say_released(self) -> Mapping[str, Any] | None:
+        begun = self._machine.state is not RoundState.IDLE
+        open_or_void = begun and self._machine.key.at.round > self._state.round
+        attempts = sum(row["attempt"] for row in self.history())
+        return self._statements.end(self._state.round, attempts + (self._machine.key.at.attempt if open_or_void else 0))
 
     def _round(self, step: Begin | Resume | RunOver) -> None:
         if isinstance(step, RunOver):

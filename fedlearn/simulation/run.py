@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -68,6 +68,14 @@ class SimulationResult:
         return self.outcome.stopped
 
     @property
+    def privacy(self) -> Mapping[str, Any] | None:
+        """What was released, with its epsilon in all its meaning (`fedlearn.privacy.statement.statement`); None without [privacy].
+
+        A simulation is seeded: its `epsilon` is the text "not private", and `rehearsed_epsilon` what a private run of it would cost.
+        """
+        return self.outcome.privacy
+
+    @property
     def weights(self) -> Arrays:
         """The final global weights by name."""
         return self.outcome.state.model
@@ -87,7 +95,10 @@ class SimulationResult:
     def save(self, folder: Path | str) -> Path:
         """Write everything into a run folder: study, history, plot, model, versions. Returns the folder."""
         return RunFolder(Path(folder)).save(
-            self.study, self.weights, self.history, manifest(self.study, self.seconds) | {"stopped": self.stopped}
+            self.study,
+            self.weights,
+            self.history,
+            manifest(self.study, self.seconds) | {"stopped": self.stopped, "privacy": self.privacy},
         )
 
     def plot(self, path: Path | str | None = None) -> Any:

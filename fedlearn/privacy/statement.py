@@ -1,0 +1,221 @@
+"""What a run's privacy is, in one value of plain JSON types, and the same in words.
+
+Whatever shows an epsilon of a run (an event, a terminal, a manifest, a notebook) shows this value, so that none is ever without its unit, its
+delta, whom it holds against, and the mark where the run is seeded. Where there is no number to promise, text stands in its place, so that nothing
+downstream can take a rehearsal's epsilon for a promise.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+from fedlearn import events
+from fedlearn.privacy.plan import (
+    NOT_PRIVATE,
+    AdaptiveClip,
+    FixedCohort,
+    PoissonSampling,
+    PrivacyPlan,
+    Unit,
+    claims,
+)
+from fedlearn.privacy.study import is_seeded, plan_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from fedlearn.privacy.accounting import Accounted
+    from fedlearn.study import Study
+
+PLANNED, RELEASED = "planned", "released"
+_UNITS: Final = {
+    Unit.RECORD: "one row at one site",
+    Unit.GROUP: "all rows of one person or account at one site",
+    Unit.CLIENT: "a whole client",
+}
+_COUNTED: Final = {
+    PLANNED: "all planned rounds, none of them tried twice",
+    RELEASED: "what was released: every attempt at a round counts, void ones too, as for a site that took part in each",
+}
+_CENTRAL: Final = "what was released: the rounds that were committed"
+
+
+def planned(study: Study, *, rehearsal: bool) -> dict[str, Any] | None:
+    """What a study promises if it runs as planned; None where it asks for no privacy.
+
+    Args:
+        study: the study.
+        rehearsal: True in a simulation; see `fedlearn.privacy.study.is_seeded`.
+    """
+    plan = plan_of(study)
+    return None if plan is None else statement(plan, seeded=is_seeded(study, rehearsal=rehearsal))
+
+
+def released(study: Study, *, committed: int, attempts: int, rehearsal: bool) -> dict[str, Any] | None:
+    """What a run has really cost; None where its study asks for no privacy.
+
+    Args:
+        study: the study.
+        committed: rounds that were committed.
+        attempts: at rounds, void ones and one that is under way included.
+        rehearsal: True in a simulation.
+    """
+    plan = plan_of(study)
+    if plan is None:
+        return None
+    # At client level only a committed round's noisy sum is released; a site's noisy updates leave with every attempt.
+    rounds = committed if plan.unit is Unit.CLIENT else attempts
+    return statement(plan, seeded=is_seeded(study, rehearsal=rehearsal), rounds=rounds)
+
+
+def statement(plan: PrivacyPlan, *, seeded: bool, rounds: int | None = None) -> dict[str, Any]:
+    """A plan's promise as plain JSON types: no number in it is infinite or missing.
+
+    Args:
+        plan: the plan.
+        seeded: whether the run derives its noise from the study's seed.
+        rounds: that were released; None states the plan.
+
+    Returns:
+        `epsilon` (a number, or the text "not private"), `delta`, `unit`, `neighbours`, `against` (each adversary with its epsilon, or "infinite", and a caveat),
+        `sampling`, `noise_multiplier`, `clip_l2`, `rounds`, `counted`, `accountant`, `other_accountants`; and for a seeded run `mark` and
+        `rehearsed_epsilon`, what the same run would cost with secret noise.
+    """
+    state = PLANNED if rounds is None else RELEASED
+    counted = _CENTRAL if rounds is not None and plan.unit is Unit.CLIENT else _COUNTED[state]
+    number = plan.rounds if rounds is None else rounds
+    accounted = _account(plan, number)
+    epsilon, accountant = accounted.reported.epsilon, accounted.reported.accountant
+    against = [
+        {
+            "adversary": claim.adversary.value,
+            "epsilon": _number(claim.epsilon),
+            **({"rehearsed_epsilon": _number(unseeded.epsilon)} if seeded else {}),
+            "caveat": unseeded.caveat,
+        }
+        for claim, unseeded in zip(
+            claims(plan, epsilon, accountant, seeded=seeded),
+            claims(plan, epsilon, accountant, seeded=False),
+            strict=True,
+        )
+    ]
+    return {
+        "state": state,
+        "private": not seeded,
+        **({"mark": NOT_PRIVATE, "rehearsed_epsilon": epsilon} if seeded else {}),
+        "epsilon": _number(None) if seeded else epsilon,
+        "delta": plan.delta,
+        "unit": plan.unit.value,
+        "unit_means": _UNITS[plan.unit],
+        "neighbours": plan.relation.value,
+        "against": against,
+        "rounds": number,
+        "counted": counted,
+        "releases": number * plan.steps,
+        "sampling": sampling_in_words(plan),
+        "noise_multiplier": plan.noise_multiplier,
+        **_clip(plan),
+        "units_at_least": plan.units,
+        "accountant": accountant,
+        "other_accountants": [{"accountant": b.accountant, "epsilon": b.epsilon} for b in accounted.shown],
+    }
+
+
+class Statements:
+    """Says what a run promises before it begins, and what it has cost before it ends; nothing where its study asks for no privacy.
+
+    Args:
+        study: of the run.
+        run: its name.
+        emit: takes the events.
+        rehearsal: True in a simulation.
+    """
+
+    def __init__(self, study: Study, run: str, emit: events.Emit, *, rehearsal: bool) -> None:
+        self._study, self._run, self._emit, self._rehearsal = study, run, emit, rehearsal
+
+    def begin(self) -> None:
+        """Say the promise."""
+        self._say(planned(self._study, rehearsal=self._rehearsal))
+
+    def end(self, committed: int, attempts: int) -> dict[str, Any] | None:
+        """Say the cost, and give it back; see `released`."""
+        found = released(self._study, committed=committed, attempts=attempts, rehearsal=self._rehearsal)
+        self._say(found)
+        return found
+
+    def _say(self, found: Mapping[str, Any] | None) -> None:
+        if found is not None:
+            self._emit(events.PrivacyStated(self._run, found))
+
+
+def headline(value: Mapping[str, Any]) -> str:
+    """A statement's number in one line, with all that it must not be without.
+
+    Args:
+        value: of `statement`, perhaps read back from JSON.
+    """
+    seeded = not value["private"]
+    number = value["rehearsed_epsilon"] if seeded else value["epsilon"]
+    rounds = value["rounds"]
+    over = f"{rounds} round{'' if rounds == 1 else 's'} {'planned' if value['state'] == PLANNED else 'released'}"
+    words = (
+        f"epsilon {number:.4f} at delta {value['delta']:g}, unit {value['unit']} "
+        f"(neighbours: {value['neighbours']}), {over}"
+    )
+    return f"NOT PRIVATE, a seeded rehearsal of {words}" if seeded else words
+
+
+def lines(value: Mapping[str, Any]) -> Iterator[str]:
+    """A whole statement for people: its headline, and what stands behind it.
+
+    Args:
+        value: of `statement`, perhaps read back from JSON.
+    """
+    yield f"privacy: {headline(value)}"
+    clip = f"clip {value['clip_l2']:g}" + (f" at first ({value['clipping']})" if value["clipping"] != "fixed" else "")
+    yield f"  noise multiplier {value['noise_multiplier']:.4f}, {clip}; {value['sampling']}"
+    others = "".join(f"; {o['epsilon']:.4f} by {o['accountant']}" for o in value["other_accountants"])
+    yield f"  by {value['accountant']}{others}; counted: {value['counted']}"
+    groups: dict[tuple[str, str], list[str]] = {}
+    for one in value["against"]:
+        found = one.get("rehearsed_epsilon", one["epsilon"])
+        shown = found if isinstance(found, str) else f"{found:.4f}"
+        groups.setdefault((shown, one["caveat"]), []).append(one["adversary"])
+    for (shown, caveat), adversaries in groups.items():
+        yield f"  against {', '.join(adversaries)}: {shown}; {caveat}"
+    if not value["private"]:
+        yield f"  {value['mark']}"
+
+
+def sampling_in_words(plan: PrivacyPlan) -> str:
+    """What the code does to draw units, which is what was accounted."""
+    match plan.sampling:
+        case PoissonSampling(rate) if plan.unit is Unit.CLIENT:
+            return f"each client by a coin of its own with probability {rate:g} each round"
+        case PoissonSampling(rate):
+            return f"{plan.steps} steps a round, each {plan.unit.value} by a coin of its own with probability {rate:g} each step"
+        case FixedCohort(size, population):
+            return f"{size} of {population} clients each round, without replacement"
+    return "every client each round: nothing is gained by sampling"
+
+
+@lru_cache(maxsize=64)
+def _account(plan: PrivacyPlan, rounds: int) -> Accounted:
+    from fedlearn.privacy.accounting import account
+
+    return account(plan.cost(rounds), plan.delta)
+
+
+def _clip(plan: PrivacyPlan) -> dict[str, Any]:
+    clipping = plan.clipping
+    if isinstance(clipping, AdaptiveClip):
+        follows = f"adaptive, follows the {clipping.quantile:g} quantile of norms"
+        return {"clip_l2": clipping.initial_l2, "clipping": follows}
+    return {"clip_l2": clipping.clip_l2, "clipping": "fixed"}
+
+
+def _number(epsilon: float | None) -> float | str:
+    return "not private" if epsilon is None else "infinite" if math.isinf(epsilon) else epsilon
