@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import TYPE_CHECKING, Final
 
 from fedlearn.errors import UnsupportedError
@@ -59,15 +60,11 @@ def make_backend(
         address: of a running Ray cluster; None starts Ray on this machine.
 
     Raises:
-        UnsupportedError: the name is unknown, or the backend cannot do this study.
+        UnsupportedError: the name is unknown, or what the backend needs is not installed.
     """
     check_backend(name)
     if address is not None and name != "ray":
         raise UnsupportedError(f"address {address!r} with backend {name!r}", hint="an address goes with --backend ray")
-    if study.privacy is not None and name in {"batched", "ray"}:
-        raise UnsupportedError(
-            f"backend {name!r} with [privacy]: clients train one by one", hint="--backend sequential"
-        )
     if name == "auto":
         name = chosen(study, len(population.rows))
     if name == "sequential":
@@ -84,8 +81,7 @@ def make_backend(
 
 
 def chosen(study: Study, population: int) -> str:
-    """What `auto` stands for in a study with so many clients."""
-    if study.privacy is not None:
-        return "sequential"
-    cohort = min(study.cohort.size or population, population)
+    """What `auto` stands for in a study with so many clients; of cohorts drawn by coins the expected size counts."""
+    expected = math.ceil(study.cohort.rate * population) if study.cohort.rate is not None else study.cohort.size
+    cohort = min(expected or population, population)
     return "sequential" if cohort <= SEQUENTIAL_COHORT else "batched"

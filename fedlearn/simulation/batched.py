@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import threading
 from collections import deque
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fedlearn.study import Study
 
 R = TypeVar("R")
+log = logging.getLogger("fedlearn.simulation")
 
 SCORED_TOGETHER: Final = 64
 """Clients whose test rows are scored in the same batches."""
@@ -81,6 +83,8 @@ class BatchedBackend:
                 return TrainingPlan(Way.SEQUENTIAL, 1, "no client of this cohort has training rows")
             task, sums_only = self._population.task, asks_for_sums_only(self._strategy, self._study)
             self._plan = plan_training(task, self._model, self._study, example, sums_only=sums_only)
+            if self._plan.way in {Way.SINGLE, Way.SEQUENTIAL}:
+                log.warning("clients train one by one: %s", self._plan.reason)
         return self._plan
 
     def fit(self, work: Work) -> Iterator[Fitted | Summed | Failed]:

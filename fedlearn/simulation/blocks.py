@@ -22,6 +22,7 @@ from fedlearn.learning.strategy import Pull
 if TYPE_CHECKING:
     from fedlearn.learning.strategy import Direction, Pass, Tensors
     from fedlearn.learning.task import Batch
+    from fedlearn.privacy.site import SitePlan
     from fedlearn.study import TrainTable
 
 IntArray = npt.NDArray[np.int64]
@@ -198,6 +199,31 @@ class SummingTrainer(BlockTrainer, Protocol):
             block: who, with their rows.
             plan: which rows at which step.
             shares: each client's factor in the sum, shape (clients,).
+        """
+        ...
+
+
+@runtime_checkable
+class PrivateTrainer(BlockTrainer, Protocol):
+    """A trainer that does DP-SGD."""
+
+    def run_private(
+        self, initial: Tensors, direction: Direction | None, block: Block, sites: Sequence[SitePlan]
+    ) -> Stacked:
+        """DP-SGD for every client of a block, as `privacy.dpsgd.DpSgd` does it for one.
+
+        It makes no claim: whoever makes the sites' plans knows whether their chance is secret, and what they cost. Losses and counts of the
+        result are facts about people.
+
+        Args:
+            initial: weights before the first step, by name, with or without a leading client dimension.
+            direction: what a noisy gradient is turned to; see `BlockTrainer.run`.
+            block: who, with their rows.
+            sites: each client's plan and chance, in the block's order. A client takes its plan's steps; they must not rise along the block.
+
+        Raises:
+            ValueError: there are not as many sites as clients, or their steps rise.
+            DataError: a row without a group, under a group-level plan.
         """
         ...
 

@@ -68,6 +68,15 @@ class Clipped:
     unclipped: IntArray
     loss_sums: npt.NDArray[np.float64]
 
+    def plus(self, other: Clipped) -> Clipped:
+        """Of both parts of a batch together."""
+        return Clipped(
+            {name: total + other.sums[name] for name, total in self.sums.items()},
+            self.counts + other.counts,
+            self.unclipped + other.unclipped,
+            self.loss_sums + other.loss_sums,
+        )
+
 
 def clip(factors: Sequence[Factors], losses: torch.Tensor, inside: torch.Tensor, clips: torch.Tensor) -> Clipped:
     """Scale each example's gradient down to its client's clip where it is longer, and sum them up.

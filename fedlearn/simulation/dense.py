@@ -7,16 +7,18 @@ layer and the gradient of what leaves it, of which DP-SGD's clipped sums are mad
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import reduce
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 
 from fedlearn.errors import UnsupportedError
 from fedlearn.learning.local import trainable
+from fedlearn.privacy.steps import NoisySteps
 from fedlearn.simulation.blocks import Layout, Stacked, StackedOptimizer, turn
 from fedlearn.simulation.chain import Chain
-from fedlearn.simulation.clipped import Factors, clip
+from fedlearn.simulation.clipped import Clipped, Factors, clip
 from fedlearn.simulation.drawn import Drawn, PrivateStacked
 from fedlearn.simulation.general import shares
 from fedlearn.simulation.gradients import loss_gradient
@@ -27,9 +29,12 @@ if TYPE_CHECKING:
 
     from fedlearn.learning.strategy import Direction, Tensors
     from fedlearn.learning.task import Task
-    from fedlearn.privacy.steps import NoisySteps
+    from fedlearn.privacy.site import SitePlan
     from fedlearn.simulation.blocks import Block, StepPlan
     from fedlearn.study import TrainTable
+
+PART_ROWS: Final = 1 << 14
+"""Rows of all clients together that DP-SGD works off at a time: a Poisson batch has no largest size."""
 
 
 class DenseTrainer:
@@ -84,24 +89,16 @@ class DenseTrainer:
             loss_sums[:k] += (losses.double() * (share > 0)).sum(1)
         return Stacked(weights, loss_sums.cpu().numpy(), np.sum(plan.sizes, axis=1))
 
-    def run_private(self, initial: Tensors, block: Block, sites: Sequence[NoisySteps]) -> PrivateStacked:
-        """DP-SGD for every client of a block, as `privacy.dpsgd.DpSgd` does it for one.
-
-        It makes no claim: whoever makes the sites knows whether their chance is secret, and what their plans cost.
-
-        Args:
-            initial: weights before the first step, by name, with or without a leading client dimension.
-            block: who, with their rows.
-            sites: each client's batches and noise, in the block's order. A site takes its plan's steps; they must not rise along the block.
-
-        Raises:
-            ValueError: the sites are not the block's, or their steps rise.
-        """
+    def run_private(
+        self, initial: Tensors, direction: Direction | None, block: Block, sites: Sequence[SitePlan]
+    ) -> PrivateStacked:
         steps = np.array([site.plan.steps for site in sites])
-        if [site.rows for site in sites] != block.counts.tolist() or (np.diff(steps) > 0).any():
-            raise ValueError(
-                "sites: expected one for each client of the block, with its rows, in the order of falling steps"
-            )
+        if len(sites) != len(block.clients) or (np.diff(steps) > 0).any():
+            raise ValueError("sites: expected one for each client of the block, in the order of falling steps")
+        noisy = [
+            NoisySteps(int(rows), site.plan, site.chance, groups=site.groups)
+            for rows, site in zip(block.counts, sites, strict=True)
+        ]
         x, y = self._rows(block)
         weights = self._start(initial, len(sites))
         optimizer = StackedOptimizer(self._train, weights)
@@ -110,23 +107,31 @@ class DenseTrainer:
         first = np.cumsum(block.counts) - block.counts
         for step in range(int(steps[0])):
             k = int((steps > step).sum())
-            drawn, sums = Drawn.of(sites[:k], first[:k]), gradient[:k]
-            rows, inside = (torch.from_numpy(a).to(self._device) for a in (drawn.rows, drawn.inside))
-            clips = torch.tensor([site.clip_l2 for site in sites[:k]], dtype=self._dtype, device=self._device)
-            now = self.layout.views(weights[:k])
-            losses, factors = self._backward(x[rows], y[rows], inside.to(self._dtype), now)
-            clipped = clip(list(factors), losses, inside, clips)
+            active, sums = noisy[:k], gradient[:k]
+            drawn = Drawn.of(active, first[:k])
+            clipped = self._clipped(x, y, drawn, [one.clip_l2 for one in active], self.layout.views(weights[:k]))
             self.layout.fill(sums, clipped.sums)
             loss_sums[:k] += clipped.loss_sums
             loss_counts[:k] += clipped.counts
             not_finite = drawn.sizes - clipped.counts
             here = sums.cpu()
-            facts = zip(sites[:k], here.numpy(), clipped.unclipped.tolist(), not_finite.tolist(), strict=True)
-            for site, mine, unclipped, broken in facts:
-                site.release([mine], unclipped=unclipped, not_finite=broken)
+            facts = zip(active, here.numpy(), clipped.unclipped.tolist(), not_finite.tolist(), strict=True)
+            for one, mine, unclipped, broken in facts:
+                one.release([mine], unclipped=unclipped, not_finite=broken)
             sums.copy_(here)
+            turn(direction, self.layout, gradient, weights, k)
             optimizer.step(weights[:k], sums)
-        return PrivateStacked(weights, loss_sums, loss_counts, tuple(site.tally for site in sites))
+        return PrivateStacked(weights, loss_sums, loss_counts, tuple(one.tally for one in noisy))
+
+    def _clipped(self, x: torch.Tensor, y: torch.Tensor, drawn: Drawn, clips: list[float], weights: Tensors) -> Clipped:
+        """Every client's clipped sum over its batch, worked off in parts where batches are large."""
+        bounds = torch.tensor(clips, dtype=self._dtype, device=self._device)
+        parts = []
+        for part in drawn.parts(max(1, PART_ROWS // len(clips))):
+            rows, inside = (torch.from_numpy(a).to(self._device) for a in (part.rows, part.inside))
+            losses, factors = self._backward(x[rows], y[rows], inside.to(self._dtype), weights)
+            parts.append(clip(list(factors), losses, inside, bounds))
+        return reduce(Clipped.plus, parts)
 
     def _rows(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = block.tensors(self._device, self._dtype)

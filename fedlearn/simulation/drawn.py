@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,12 @@ class Drawn:
         rows = np.zeros(inside.shape, dtype=np.int64)
         rows[inside] = np.concatenate(batches)
         return cls(rows + first[:, None], inside, sizes)
+
+    def parts(self, width: int) -> Iterator[Drawn]:
+        """The same batches, `width` rows of each at a time."""
+        for start in range(0, self.rows.shape[1], width):
+            rows, inside = self.rows[:, start : start + width], self.inside[:, start : start + width]
+            yield Drawn(rows, inside, inside.sum(1))
 
 
 @dataclass(frozen=True)

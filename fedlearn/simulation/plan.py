@@ -98,6 +98,8 @@ def plan_training(
     device = next(model.parameters()).device
     if isinstance(chain, Chain) and is_dense(chain):
         return _plan(Way.DENSE, model, "linear layers and element-wise functions: stacked, own backward pass", chain)
+    if study.privacy is not None and study.privacy.unit != "client":
+        return TrainingPlan(Way.SINGLE, 1, "DP-SGD is written out for linear layers and element-wise functions alone")
     if isinstance(chain, Chain) and device.type == "cpu":
         each = _convolution_bytes(chain, model, study, example, sums_only=sums_only)
         block = max(1, min(MOST_CLIENTS[Way.CONVOLUTION], STACK_BYTES // each))

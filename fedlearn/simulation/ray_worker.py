@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 from fedlearn.errors import UpdateError
 from fedlearn.learning.backend import Failed, Fitted, Scored, Summed
 from fedlearn.learning.collect import PartialSum, SumCollector
+from fedlearn.learning.postprocess import chain_of
 from fedlearn.simulation.batched import BatchedBackend
+from fedlearn.simulation.runner import sums_blocks
+from fedlearn.simulation.sums import is_counted
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
@@ -104,9 +107,9 @@ class SpanRunner:
         import torch
 
         torch.set_num_threads(setup.study.runtime.threads)
-        self._strategy = setup.strategy
+        self._strategy, self._sums = setup.strategy, sums_blocks(setup.strategy, setup.study)
         self._memories = TravellingMemories()
-        self._backend = _Planned(setup, self._memories)
+        self._study, self._backend = setup.study, _Planned(setup, self._memories)
 
     def where(self) -> tuple[str, int]:
         """Host and process; the first answer says that the actor is up."""
@@ -129,8 +132,8 @@ class SpanRunner:
         self._memories.load(states)
         self._backend.given = plan
         replies = list(self._backend.fit(replace(work, cohort=tuple(clients))))
-        if self._strategy.linear:
-            replies = summed(self._strategy, work, replies)
+        if self._sums:
+            replies = summed(self._strategy, work, replies, counted=is_counted(chain_of(self._study)))
         return replies, self._memories.kept
 
     def evaluate(self, work: Work, clients: Sequence[str], states: Mapping[str, Arrays]) -> list[Scored | Failed]:
@@ -152,15 +155,21 @@ class _Planned(BatchedBackend):
 
 
 def summed(
-    strategy: Strategy, work: Work, replies: Sequence[Fitted | Summed | Failed]
+    strategy: Strategy, work: Work, replies: Sequence[Fitted | Summed | Failed], *, counted: bool = False
 ) -> list[Fitted | Summed | Failed]:
     """The same replies with every update in one integer sum: exact, so it changes no bit of the round's.
 
     An update that the sum refuses stays by itself, for the round loop to refuse by name.
+
+    Args:
+        strategy: linear.
+        work: the round's, for the model's shapes.
+        replies: of a span.
+        counted: a bit goes with each update, see `learning.collect.release_specs`.
     """
     from fedlearn.arrays import specs_of
 
-    collector = SumCollector(strategy, specs_of(work.model))
+    collector = SumCollector(strategy, specs_of(work.model), counted=counted)
     examples: dict[str, int] = {}
     facts: dict[str, Mapping[str, float]] = {}
     rest: list[Fitted | Summed | Failed] = []

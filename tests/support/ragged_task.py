@@ -160,6 +160,7 @@ def outcome_of(study: Study, backend, emit=lambda event: None) -> Outcome:
         metric="accuracy",
         emit=emit,
         may_join=False,
+        rehearsal=True,
     )
     try:
         return federation.run()

@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedlearn.learning.local import trainable
+from fedlearn.learning.strategy import Pull
 from fedlearn.learning.task import Batch
 from fedlearn.privacy.clipping import denominator
 from fedlearn.privacy.dpsgd import DpSgd
 from fedlearn.privacy.mechanisms import seeded_chance
 from fedlearn.privacy.plan import AdaptiveClip, FixedClip, PoissonSampling, PrivacyPlan, Unit
+from fedlearn.privacy.site import SitePlan
 from fedlearn.privacy.steps import NoisySteps
+from fedlearn.simulation import dense
 from fedlearn.simulation.blocks import Block
 from fedlearn.simulation.chain import Chain, chain_of
 from fedlearn.simulation.dense import DenseTrainer
@@ -44,10 +47,11 @@ class World:
     block: Block
     plans: tuple[PrivacyPlan, ...]
     groups: bool = False
+    direction: Pull | None = None
 
-    def sites(self) -> list[NoisySteps]:
+    def sites(self) -> list[SitePlan]:
         return [
-            NoisySteps(len(batch), plan, self.chance(client), groups=self.group(batch))
+            SitePlan(plan, self.chance(client), self.group(batch))
             for client, batch, plan in zip(self.block.clients, self.block.data, self.plans, strict=True)
         ]
 
@@ -62,7 +66,7 @@ class World:
         assert isinstance(chain, Chain)
         trainer = DenseTrainer(Classes(), self.model, chain, TrainTable(lr=LR, **options))
         initial = {name: p.detach() for name, p in trainable(self.model).items()}
-        return trainer.run_private(initial, self.block, self.sites())
+        return trainer.run_private(initial, self.direction, self.block, self.sites())
 
     def one(self, i: int, momentum: float = 0.0):
         """The oracle: a client's final weights in one vector, and its tally."""
@@ -80,6 +84,8 @@ class World:
         optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=momentum)
         for _ in range(self.plans[i].steps):
             gradient = dp.gradient()
+            if self.direction is not None:
+                gradient = self.direction(gradient, {name: p.detach() for name, p in model.named_parameters()})
             for name, parameter in model.named_parameters():
                 parameter.grad = gradient[name]
             optimizer.step()
@@ -172,13 +178,32 @@ def test_momentum_runs_over_noisy_gradients():
     assert float((made.stacked().weights - made.stacked(momentum=0.9).weights).norm()) > 0.01
 
 
+def test_a_rule_turns_the_noisy_gradient():
+    made = world([8, 5], [replace(PLAN, units=8)] * 2)
+    plain = made.stacked()
+    made.direction = Pull({name: p.detach() + 1.0 for name, p in made.model.named_parameters()}, 0.5)
+    assert_as_one_at_a_time(made)
+    assert float((made.stacked().weights - plain.weights).norm()) > 0.01
+
+
+def test_a_batch_of_any_size_is_worked_off_in_parts(monkeypatch):
+    made = world([40, 31, 2], [replace(PLAN, units=30, clipping=AdaptiveClip(0.3))] * 3, dtype=torch.float64)
+    whole = made.stacked()
+    monkeypatch.setattr(dense, "PART_ROWS", 9)
+    parts = made.stacked()
+    torch.testing.assert_close(parts.weights, whole.weights, rtol=1e-12, atol=1e-12)
+    assert parts.tallies == whole.tallies
+    np.testing.assert_array_equal(parts.loss_counts, whole.loss_counts)
+    np.testing.assert_allclose(parts.loss_sums, whole.loss_sums)
+
+
 @pytest.mark.parametrize("change", [slice(1, None), slice(None, None, -1)])
 def test_sites_that_are_not_the_blocks_are_refused(change):
     made = world([5, 3], [replace(PLAN, steps=4), PLAN])
     chain = chain_of(made.model)
     trainer = DenseTrainer(Classes(), made.model, chain, TrainTable())
     with pytest.raises(ValueError, match="sites"):
-        trainer.run_private(dict(made.model.named_parameters()), made.block, made.sites()[change])
+        trainer.run_private(dict(made.model.named_parameters()), None, made.block, made.sites()[change])
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -190,7 +215,8 @@ def test_every_step_is_opacus_given_the_same_batches_and_noise():
 
     made = world([14, 9], [replace(PLAN, units=10)] * 2, hidden=(6, 4), activation=nn.ReLU)
     found = made.stacked()
-    for i, (site, batch) in enumerate(zip(made.sites(), made.block.data, strict=True)):
+    for i, (private, batch) in enumerate(zip(made.sites(), made.block.data, strict=True)):
+        site = NoisySteps(len(batch), private.plan, private.chance)
 
         class Given(DPOptimizer):
             """Opacus' own clipping and step, with noise that is handed to it."""
