@@ -343,6 +343,17 @@ def shown(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
+def page_rows(rows: list[Row]) -> list[str]:
+    return [
+        "| what | | unit | target | met |",
+        "|---|---:|---|---|---|",
+        *(
+            f"| {r.what} | {shown(r.value)} | {r.unit} | {r.target} | {'' if r.met is None else 'yes' if r.met else 'no'} |"
+            for r in rows
+        ),
+    ]
+
+
 def page(rows: list[Row]) -> str:
     cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":")[1].strip() for line in cpus if line.startswith("model name")), "one machine")
@@ -352,12 +363,7 @@ def page(rows: list[Row]) -> str:
         f"`python -m benchmarks.secagg` on {cores()} cores of {model}. CPU seconds, the least of several that take turns with",
         "what they are compared with. Every sum was compared with the exact one, coordinate by coordinate.",
         "",
-        "| what | | unit | target | met |",
-        "|---|---:|---|---|---|",
-        *(
-            f"| {r.what} | {shown(r.value)} | {r.unit} | {r.target} | {'' if r.met is None else 'yes' if r.met else 'no'} |"
-            for r in rows
-        ),
+        *page_rows(rows),
         "",
         "Flower's client signs and verifies nothing and expands masks from 28 bits of seed; the comparison is with what it ships. The graph at 100",
         "clients is complete by default; degree 42 is what the formulas of the sparse graph give and is measured for comparison. Opening is spread",
