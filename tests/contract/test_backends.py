@@ -18,11 +18,15 @@ from fedlearn.learning.messages import RequestEncoder
 from fedlearn.learning.postprocess import apply_on_client, chain_of
 from fedlearn.learning.task import build_model
 from fedlearn.learning.update import Update
+from fedlearn.privacy.site import site_plan
+from fedlearn.privacy.study import with_clip
 from fedlearn.simulation.batched import BatchedBackend
 from fedlearn.simulation.sequential import SequentialBackend
+from fedlearn.simulation.sums import is_counted
 from fedlearn.study import Study
 from server.rounds import GridBackend
 from tests.support.memory_grid import MemoryGrid, nodes_of
+from tests.support.private_plans import PLANS
 from tests.support.tiny_task import CLIENTS, TinyTask, tiny_study
 
 TASK = TinyTask()
@@ -34,7 +38,8 @@ def strategy_of(study: Study):
 
 def work_of(study: Study, cohort=CLIENTS, round_: int = 1, attempt: int = 1, base=None, model=None) -> Work:
     model = local.initial_weights(TASK, study) if model is None else model
-    shared = strategy_of(study).server_init(model).shared
+    adaptive = study.privacy is not None and study.privacy.unit == "client" and study.privacy.clipping == "adaptive"
+    shared = with_clip(strategy_of(study).server_init(model).shared, study.privacy.clip_l2 if adaptive else None)
     return Work(round_, attempt, tuple(cohort), model, shared, digest(model), base or {}, 5.0)
 
 
@@ -59,13 +64,35 @@ def clients_of(reply) -> list[str]:
 
 def total_of(study: Study, model, replies):
     """The mean of all updates, by release and array."""
-    collector = collector_for(strategy_of(study), model)
+    collector = collector_for(strategy_of(study), model, counted=is_counted(chain_of(study)))
     for reply in replies:
         if isinstance(reply, Summed):
             collector.merge(reply.partial)
         else:
             collector.add(reply.client, reply.update)
     return {(release, name): a for release, m in collector.aggregate(9).means.items() for name, a in m.items()}
+
+
+def trained_alone(study: Study, work: Work) -> list[Fitted]:
+    """`local.fit`, called here for each client by itself, with the plan that the study asks for, and what is done on the way out."""
+    population = build_population(study, TASK)
+    replies = []
+    for client in work.cohort:
+        data = population.client(client)
+        result = local.fit(
+            TASK,
+            build_model(TASK, 0),
+            strategy_of(study),
+            study.train,
+            data,
+            place=local.Place(study.seed, work.round, client),
+            global_model=work.model,
+            shared=work.shared,
+            state={},
+            private=site_plan(study, work.round, client, data.train, rehearsal=True),
+        )
+        replies.append(Fitted(client, apply_on_client(chain_of(study, work.shared), result.update)))
+    return replies
 
 
 class BackendContract:
@@ -89,26 +116,33 @@ class BackendContract:
         """`local.fit`, called here for each client by itself, clipped where the study says so."""
         study = tiny_study(f"strategy.name={strategy}", *([] if clip is None else [f"update.clip_l2={clip}"]))
         work = work_of(study, round_=3)
-        population = build_population(study, TASK)
-        expected = []
-        for client in CLIENTS:
-            result = local.fit(
-                TASK,
-                build_model(TASK, 0),
-                strategy_of(study),
-                study.train,
-                population.client(client),
-                place=local.Place(study.seed, 3, client),
-                global_model=work.model,
-                shared=work.shared,
-                state={},
-            )
-            expected.append(Fitted(client, apply_on_client(chain_of(study), result.update)))
+        self.compare(study, work)
+
+    @pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "scaffold", "ditto"])
+    @pytest.mark.parametrize("kind", ["record", "record adaptive", "client", "client adaptive"])
+    def test_under_a_plan_too(self, strategy, kind):
+        """Seeded, so that everybody draws the same batches and noise."""
+        study = tiny_study(f"strategy.name={strategy}", *PLANS[kind], "privacy.seeded=true")
+        self.compare(study, work_of(study, round_=2))
+
+    def compare(self, study, work):
+        expected = trained_alone(study, work)
         wanted = total_of(study, work.model, expected)
         got = total_of(study, work.model, self.backend(study).fit(work))
         assert got.keys() == wanted.keys()
         for place, array in wanted.items():
             np.testing.assert_allclose(got[place], array, rtol=self.tolerance, atol=self.tolerance * 0.01)
+
+    @pytest.mark.parametrize("kind", ["record", "client adaptive"])
+    def test_under_a_plan_nothing_is_said_beside_an_update(self, kind):
+        study = tiny_study(*PLANS[kind], "privacy.seeded=true")
+        for reply in self.backend(study).fit(work_of(study)):
+            if isinstance(reply, Summed):
+                assert set(reply.partial.examples.values()) == {1}
+                assert all(facts == {} for facts in reply.facts.values())
+            else:
+                assert isinstance(reply, Fitted)
+                assert (reply.update.examples, reply.update.facts) == (1, {})
 
     def test_each_client_of_a_cohort_gets_one_reply(self):
         study = tiny_study()
