@@ -94,9 +94,9 @@ class Guard:
         """
         counted = isinstance(self.plan.clipping, AdaptiveClip) and self.plan.unit is Unit.CLIENT
         held = {r.name: s for r, s in release_specs(self.strategy, specs_of(asked.model), counted=counted).items()}
-        update = messages.decode_update(reply)
         if set(reply) != {messages.RECORD, FACTS, *(messages.PRIVATE + name for name in held)}:
             raise _broken("it holds other records than the strategy's releases")
+        update = messages.decode_update(reply)
         if set(reply.config_records[messages.RECORD]) != {"format", "examples"} or update.examples != 1:
             raise _broken("it says how many examples are behind it")
         if update.facts:

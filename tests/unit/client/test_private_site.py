@@ -1,0 +1,290 @@
+"""A site under a privacy plan: charged before it is computed, and nothing leaves beside what was charged."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from client import records
+from client.process import WorkerRaisedError
+from fedlearn.errors import DataError, PolicyRefusedError, StateError, UnsupportedError, WorkerCrashedError
+from fedlearn.learning import messages
+from fedlearn.learning.backend import Exchange
+from fedlearn.learning.heads import take_heads
+from fedlearn.learning.update import UNCLIPPED, Update
+from fedlearn.privacy.chain import SignedHead
+from fedlearn.privacy.clipping import COUNT
+from fedlearn.privacy.ledger_file import account_states, read_records, verify_ledger
+from fedlearn.privacy.study import CLIP, plan_of
+from tests.support.private_site import (
+    ADAPTIVE,
+    CLIENT,
+    RECORD,
+    SITE,
+    Worker,
+    ask,
+    private_site,
+    small_update,
+    study_of,
+)
+
+RECORDS = "hospital/heart/record"
+CLIENTS = "hospital/heart/client"
+ONE_ROUND = plan_of(RECORD).cost(1).to_text()
+SHARED = {CLIP: np.array(1.0)}
+
+
+async def test_every_update_is_charged_once_and_sent_again_free(tmp_path):
+    with private_site(tmp_path / "s") as one:
+        first = await one.site.handle(ask(RECORD))
+        again = await one.site.handle(ask(RECORD))
+        assert one.worker.calls == 1
+        assert one.costs(RECORDS) == [ONE_ROUND]
+        take_heads(first.content)
+        take_heads(again.content)
+        assert records.pack(first.content) == records.pack(again.content)
+        await one.site.handle(ask(RECORD, 2))
+        await one.site.handle(ask(RECORD, 2, attempt=2))
+        assert one.costs(RECORDS) == [ONE_ROUND] * 3  # a round that is tried again costs again
+    with private_site(tmp_path / "s", Worker(lambda: pytest.fail("computed again"))) as later:
+        third = await later.site.handle(ask(RECORD, 2, attempt=2))
+        assert messages.decode_update(third.content).examples == 1
+        assert later.costs(RECORDS) == [ONE_ROUND] * 3
+
+
+async def test_a_budget_that_is_spent_refuses_with_the_numbers(tmp_path):
+    policy = "[budgets.record]\nepsilon = 1.5\ndelta = 1e-5\n"
+    with private_site(tmp_path / "s", policy=policy) as one:
+        refused = None
+        for number in range(1, 6):
+            try:
+                await one.site.handle(ask(RECORD, number))
+            except PolicyRefusedError as error:
+                refused = error
+                break
+        assert refused is not None
+        assert 1 < number < 6
+        assert one.worker.calls == number - 1
+        assert "gate: budget" in refused.message
+        assert "budget 1.5" in refused.message
+        assert RECORDS in refused.message
+        with pytest.raises(PolicyRefusedError, match="budget"):  # a new run finds nothing either
+            await one.site.handle(ask(RECORD, exchange=Exchange.DESCRIBE, run="run-2"))
+    state = {s.account: s for s in account_states(read_records(tmp_path / "s" / "ledgers" / "hospital-heart"))}[RECORDS]
+    assert (state.charges, state.refusals) == (number - 1, 2)
+    assert state.epsilon is not None
+    assert state.epsilon <= 1.5
+    assert f"spent {state.epsilon:.6f}"[:12] in refused.message
+
+
+async def test_a_client_level_run_is_charged_whole_with_its_first_update(tmp_path):
+    whole, retry = plan_of(CLIENT).cost().to_text(), plan_of(CLIENT).cost(1).to_text()
+    with private_site(tmp_path / "s") as one:
+        await one.site.handle(ask(CLIENT, exchange=Exchange.DESCRIBE))
+        assert one.costs(CLIENTS) == []
+        for number in (1, 2, 3):
+            await one.site.handle(ask(CLIENT, number))
+        assert one.costs(CLIENTS) == [whole]
+        await one.site.handle(ask(CLIENT, 3, attempt=2))
+        assert one.costs(CLIENTS) == [whole, retry]
+        with pytest.raises(PolicyRefusedError, match="round 6, the plan of 's' has 5"):
+            await one.site.handle(ask(CLIENT, 6))
+        assert one.costs(CLIENTS) == [whole, retry]
+        await one.site.handle(ask(CLIENT, run="run-2"))
+        assert one.costs(CLIENTS) == [whole, retry, whole]
+
+
+async def test_a_client_level_run_that_does_not_fit_is_refused_when_it_is_described(tmp_path):
+    with private_site(tmp_path / "s", policy="[budgets.client]\nepsilon = 1.0\ndelta = 1e-3\n") as one:
+        for exchange in (Exchange.DESCRIBE, Exchange.TRAIN):
+            with pytest.raises(PolicyRefusedError, match="gate: budget"):
+                await one.site.handle(ask(CLIENT, exchange=exchange))
+        assert one.worker.calls == 0
+        assert one.costs(CLIENTS) == []
+
+
+async def test_a_rehearsal_is_charged_to_an_account_of_its_own(tmp_path):
+    study = study_of('unit = "record"\nnoise_multiplier = 2.0\ndelta = 1e-5\nseeded = true\n')
+    policy = "seeded = true\n[budgets.record]\nepsilon = 50.0\ndelta = 1e-5\n"
+    with private_site(tmp_path / "s", policy=policy) as one:
+        await one.site.handle(ask(study))
+        assert one.costs(RECORDS) == []
+        assert one.costs(f"{RECORDS}/seeded") == [ONE_ROUND]
+
+
+def changed(change: Callable[[RecordDict], object]) -> Callable[[], RecordDict]:
+    def answer() -> RecordDict:
+        content = small_update()
+        change(content)
+        return content
+
+    return answer
+
+
+def arrays(**values: np.ndarray) -> Callable[[], RecordDict]:
+    good = {"w": np.zeros((3, 2), np.float32), "b": np.zeros(2, np.float32)}
+    return lambda: messages.encode_update(Update({"delta": {**good, **values}}, examples=1))
+
+
+BREACHES = {
+    "examples": (changed(lambda c: c["fedlearn"].update(examples=303)), "examples"),
+    "another fact": (changed(lambda c: c["fedlearn"].update(rows=303)), "examples"),
+    "facts": (changed(lambda c: c.update(facts=MetricRecord({"loss": 0.303}))), "facts"),
+    "no facts record": (changed(lambda c: c.pop("facts")), "other records"),
+    "another record": (changed(lambda c: c.update(log=ConfigRecord({"n": 303}))), "other records"),
+    "another release": (changed(lambda c: c.update({"private.raw": ArrayRecord()})), "other records"),
+    "no release": (changed(lambda c: c.pop("private.delta")), "other records"),
+    "another array": (arrays(rows=np.zeros(303, np.float32)), "shaped"),
+    "another shape": (arrays(b=np.zeros(303, np.float32)), "shaped"),
+    "another type": (arrays(b=np.zeros(2, np.float64)), "shaped"),
+    "nan": (arrays(b=np.array([0, np.nan], np.float32)), "finite"),
+    "infinite": (arrays(b=np.array([0, np.inf], np.float32)), "finite"),
+}
+
+
+@pytest.mark.parametrize("name", BREACHES)
+async def test_a_worker_that_breaks_the_plan_is_refused_by_name(tmp_path, name):
+    answer, word = BREACHES[name]
+    with private_site(tmp_path / "s", Worker(answer)) as one:
+        with pytest.raises(PolicyRefusedError, match=word) as caught:
+            await one.site.handle(ask(RECORD))
+        assert "303" not in str(caught.value)
+        assert list(one.gate.releases()) == []
+        assert one.costs(RECORDS) == []
+        one.worker.answer = small_update  # and the attempt may be computed again
+        assert (await one.site.handle(ask(RECORD))).has_content()
+
+
+async def test_an_update_beyond_the_clip_is_refused(tmp_path):
+    with private_site(tmp_path / "s", Worker(arrays(b=np.array([0.8, 0.61], np.float32)))) as one:
+        with pytest.raises(PolicyRefusedError, match="clip"):
+            await one.site.handle(ask(CLIENT))
+        one.worker.answer = arrays(b=np.array([0.8, 0.59], np.float32))
+        assert (await one.site.handle(ask(CLIENT))).has_content()
+
+
+@pytest.mark.parametrize(("bit", "norm", "fine"), [(1, 0.5, True), (0, 1.0, True), (0.5, 0.5, False), (1, 1.1, False)])
+async def test_an_adaptive_clip_adds_one_bit_and_no_more(tmp_path, bit, norm, fine):
+    delta = {"w": np.zeros((3, 2), np.float32), "b": np.array([norm, 0], np.float32)}
+    unclipped = {COUNT: np.array([bit], np.float32)}
+    answer = messages.encode_update(Update({"delta": delta, UNCLIPPED: unclipped}, examples=1))
+    with private_site(tmp_path / "s", Worker(lambda: answer)) as one:
+        if fine:
+            assert (await one.site.handle(ask(ADAPTIVE, shared=SHARED))).has_content()
+            return
+        with pytest.raises(PolicyRefusedError, match="plan"):
+            await one.site.handle(ask(ADAPTIVE, shared=SHARED))
+
+
+async def test_nothing_travels_in_the_margins(tmp_path):
+    """Metadata, padding and the order of things are the agent's own."""
+    small, large = small_update(), small_update()
+    padded = large["private.delta"]["b"]
+    head, values = padded.data[:128], padded.data[128:]
+    assert head.endswith(b"\n")
+    padded.data = head[:8] + (192 - 10).to_bytes(2, "little") + head[10:-1] + b" " * 64 + b"\n" + values
+    sent = []
+    for place, answer in (("s", small), ("t", large)):
+        with private_site(tmp_path / place, Worker(lambda answer=answer: answer)) as one:
+            reply = await one.site.handle(ask(RECORD))
+            take_heads(reply.content)
+            sent.append(records.pack(reply.content))
+    assert records.pack(small) != records.pack(large)
+    assert sent[0] == sent[1]
+
+
+async def test_a_description_says_who_and_nothing_else(tmp_path):
+    told = Worker(lambda: messages.encode_description(SITE, {"rows": 303}))
+    with private_site(tmp_path / "s", told) as one:
+        reply = await one.site.handle(ask(RECORD, exchange=Exchange.DESCRIBE))
+        take_heads(reply.content)
+        assert records.pack(reply.content) == records.pack(messages.encode_description(SITE, {}))
+        told.answer = lambda: messages.encode_description("patient-303", {})
+        with pytest.raises(PolicyRefusedError, match="another client"):
+            await one.site.handle(ask(RECORD, exchange=Exchange.DESCRIBE))
+
+
+async def test_no_metric_leaves_under_a_plan(tmp_path):
+    with private_site(tmp_path / "s") as one:
+        with pytest.raises(PolicyRefusedError, match="evaluate"):
+            await one.site.handle(ask(RECORD, exchange=Exchange.EVALUATE))
+        assert one.worker.calls == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("line 303: patient 4711 has age -1", hint="303 rows"),
+        WorkerRaisedError("the app raised ValueError, in app.py:1", detail="4711", where=()),
+        ValueError("4711"),
+        UnsupportedError("4711"),
+    ],
+)
+@pytest.mark.parametrize("exchange", [Exchange.TRAIN, Exchange.DESCRIBE])
+async def test_an_error_tells_nothing_of_the_data(tmp_path, error, exchange, caplog):
+    def fail() -> RecordDict:
+        raise error
+
+    with (
+        private_site(tmp_path / "s", Worker(fail)) as one,
+        caplog.at_level(logging.ERROR),
+        pytest.raises(WorkerCrashedError, match="the site's work failed") as caught,
+    ):
+        await one.site.handle(ask(RECORD, exchange=exchange))
+    assert not {"4711", "303"} & set(str(caught.value).replace(":", " ").split())
+    assert caught.value.__cause__ is None
+    assert str(error) in caplog.text
+
+
+async def test_a_strategy_that_cannot_carry_the_plan_is_refused(tmp_path):
+    text = 'unit = "client"\nnoise_multiplier = 5.0\ndelta = 1e-3\nunits = 10\n[strategy]\nname = "median"\n'
+    with private_site(tmp_path / "s") as one:
+        with pytest.raises(UnsupportedError, match="not linear"):
+            await one.site.handle(ask(study_of(text)))
+        assert one.worker.calls == 0
+
+
+async def test_the_head_goes_with_every_answer(tmp_path):
+    with private_site(tmp_path / "s") as one:
+        seqs = []
+        for number in (1, 2):
+            (text,) = take_heads((await one.site.handle(ask(RECORD, number))).content)
+            seqs.append(SignedHead.from_text(text).seq)
+        folder = tmp_path / "s" / "ledgers" / "hospital-heart"
+        assert verify_ledger(folder, SignedHead.from_text(text)).problems == ()
+    assert seqs[1] == seqs[0] + 1
+
+
+@pytest.mark.parametrize("loss", ["an old copy", "the ledger deleted", "everything deleted"])
+async def test_an_agent_with_an_older_ledger_trains_no_more(tmp_path, loss):
+    state = tmp_path / "s"
+    with private_site(state) as one:
+        await one.site.handle(ask(RECORD, 1))
+    shutil.copytree(state, tmp_path / "copy")
+    with private_site(state) as one:
+        heads = take_heads((await one.site.handle(ask(RECORD, 2))).content)
+        await one.site.handle(ask(RECORD, 3, heads=heads))  # what it remembers itself is fine
+    shutil.rmtree(state / "ledgers" if loss == "the ledger deleted" else state)
+    if loss == "an old copy":
+        shutil.copytree(tmp_path / "copy", state)
+    with private_site(state) as one:
+        for exchange in (Exchange.DESCRIBE, Exchange.TRAIN):
+            with pytest.raises(StateError, match="an old copy was put back") as caught:
+                await one.site.handle(ask(RECORD, 4, exchange=exchange, heads=heads))
+            assert "newest copy" in caught.value.hint
+        with pytest.raises(StateError, match="old copy"):  # also for a server that remembers nothing
+            await one.site.handle(ask(RECORD, 4))
+        assert one.worker.calls == 0
+
+
+async def test_a_head_that_the_site_did_not_sign_locks_nobody_out(tmp_path):
+    with private_site(tmp_path / "s") as one:
+        (mine,) = take_heads((await one.site.handle(ask(RECORD, 1))).content)
+        forged = SignedHead(**{**SignedHead.from_text(mine).__dict__, "seq": 900}).to_text()
+        reply = await one.site.handle(ask(RECORD, 2, heads=(forged, "nonsense", "{}")))
+        assert reply.has_content()
