@@ -107,7 +107,7 @@ class Federation:
         if (secure is None) == study.secure_aggregation.enabled:
             raise LocalProtocolError("federation: its rounds are not masked as the study asks")
         self._secure = secure
-        self._central = _central_plan(study, rehearsal=rehearsal)
+        self._central = _central_plan(study, journal, run, rehearsal=rehearsal)
         # Under a plan a metric of a site leaves it through a charged mechanism or not at all; a rehearsal has no site.
         self._may_score = study.privacy is None or rehearsal or study.privacy.evaluation_noise is not None
         self._study, self._run, self._strategy, self._backend = study, run, strategy, backend
@@ -248,7 +248,8 @@ class Federation:
             update_norm=l2_norm(aggregate.means[DELTA]),
             environment={} if self._conditions is None else self._conditions.facts(at),
         )
-        self._machine.commit(_row(finished), {self._place("checkpoint"): state_to_bytes(self._state)})
+        kept = {} if self._central is None else self._central.closing(at, roster)
+        self._machine.commit(_row(finished), {**kept, self._place("checkpoint"): state_to_bytes(self._state)})
         self._emit(finished)
         self._evaluate_if_due()
 
@@ -383,7 +384,7 @@ class Federation:
         table = self._study.cohort
         first = self._may_join and self._machine.next_step == Begin(AttemptId(1, 1))
         least = max(table.minimum, self._strategy.min_clients)
-        planned = self._central.plan.units if self._central is not None else 0
+        planned = self._central.least_clients if self._central is not None else 0
         needed = max(table.wait_for or table.size or 0, least, planned) if first else least
         clients = self._backend.clients(needed, self._study.runtime.wait_s)
         if len(clients) < needed:
@@ -394,8 +395,11 @@ class Federation:
         return clients
 
     def _everybody(self, here: Sequence[str]) -> Sequence[str]:
-        """All whom a client-level plan counts on: those of the run's beginning. A simulation's are always here."""
-        if not self._may_join:
+        """All whom a client-level plan counts on: those of the run's beginning. A simulation's are always here.
+
+        Correlated noise counts on nobody: clients come when they can.
+        """
+        if not self._may_join or (self._central is not None and self._central.ftrl is not None):
             return here
         place = self._place("everybody")
         if (known := self._journal.get(place)) is not None:
@@ -410,7 +414,8 @@ class Federation:
             return int(known)
         if self._central is not None:
             self._central.check_population(connected)
-        self._journal.write({place: str(connected).encode()})
+        opening = {} if self._central is None else self._central.opening()
+        self._journal.write({**opening, place: str(connected).encode()})
         return connected
 
     def _load_state(self) -> ServerState:
@@ -437,12 +442,12 @@ def _claims(reply: Fitted | Summed | Said | Failed) -> Iterator[tuple[str, Mappi
             yield client, {}, 0
 
 
-def _central_plan(study: Study, *, rehearsal: bool) -> CentralPlan | None:
+def _central_plan(study: Study, journal: Journal, run: str, *, rehearsal: bool) -> CentralPlan | None:
     if study.privacy is None:
         return None  # so that a run without privacy loads nothing of it
     from fedlearn.privacy.central import CentralPlan
 
-    return CentralPlan.of(study, rehearsal=rehearsal)
+    return CentralPlan.of(study, journal, run, rehearsal=rehearsal)
 
 
 def _past_the_last(rounds: int) -> Begin:

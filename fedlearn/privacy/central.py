@@ -18,6 +18,7 @@ from fedlearn.learning.cohort import pick_cohort
 from fedlearn.learning.rows import in_order
 from fedlearn.learning.update import UNCLIPPED, Aggregate
 from fedlearn.privacy.clipping import COUNT, central_release, denominator
+from fedlearn.privacy.ftrl_run import FtrlRun
 from fedlearn.privacy.plan import AdaptiveClip, FixedCohort, PoissonSampling, PrivacyPlan
 from fedlearn.privacy.study import chance_for, clip_in, is_seeded, plan_of
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.learning.collect import SumCollector
     from fedlearn.learning.masked import OpenSum
+    from fedlearn.release.journal import Changes, Journal
     from fedlearn.release.keys import AttemptId
     from fedlearn.study import Study
 
@@ -37,20 +39,25 @@ class CentralPlan:
         study: asks for client-level privacy.
         plan: the study's.
         rehearsal: True in a simulation; see `fedlearn.privacy.study.is_seeded`.
+        ftrl: what correlated noise remembers; None where each round's is drawn anew.
     """
 
     study: Study
     plan: PrivacyPlan
     rehearsal: bool
+    ftrl: FtrlRun | None = None
 
     @classmethod
-    def of(cls, study: Study, *, rehearsal: bool) -> CentralPlan | None:
-        """Of a study; None where it asks for no client-level privacy."""
+    def of(cls, study: Study, journal: Journal, run: str, *, rehearsal: bool) -> CentralPlan | None:
+        """Of a study and its run so far; None where it asks for no client-level privacy."""
         if study.privacy is None or study.privacy.unit != "client":
             return None
         plan = plan_of(study)
         assert plan is not None
-        return cls(study, plan, rehearsal)
+        if plan.matrix is None:
+            return cls(study, plan, rehearsal)
+        seed = study.seed if is_seeded(study, rehearsal=rehearsal) else None
+        return cls(study, plan, rehearsal, FtrlRun(plan, journal, run, seed))
 
     @property
     def counted(self) -> bool:
@@ -62,13 +69,26 @@ class CentralPlan:
         """What an adaptive clip starts from; None where it is fixed."""
         return self.plan.clipping.initial_l2 if isinstance(self.plan.clipping, AdaptiveClip) else None
 
+    @property
+    def least_clients(self) -> int:
+        """How many must be here when the run begins: everybody whom sums are divided by, and nobody where clients come when they can."""
+        return self.plan.units if self.ftrl is None else 0
+
+    def opening(self) -> Changes:
+        """What must be durable before the first round."""
+        return {} if self.ftrl is None else self.ftrl.opening()
+
+    def closing(self, at: AttemptId, roster: Sequence[str]) -> Changes:
+        """What must be durable together with a round, of those who were asked in it."""
+        return {} if self.ftrl is None else self.ftrl.closing(at.round, roster)
+
     def check_population(self, clients: int) -> None:
         """Refuse a population that is smaller than the plan's.
 
         Raises:
             RunFailedError: it is.
         """
-        if clients < self.plan.units:
+        if clients < self.least_clients:
             raise RunFailedError(
                 f"privacy: {clients} clients are here, the plan is for {self.plan.units} at the least",
                 hint="start the missing clients, or state a smaller privacy.units; that needs more noise for the same epsilon",
@@ -80,8 +100,13 @@ class CentralPlan:
         Args:
             at: the attempt.
             clients: for a fixed cohort all whom the plan counts on, here or not: a drawn client that is away is not replaced.
+
+        Raises:
+            RunFailedError: under correlated noise, nobody who is here may be asked.
         """
         chance = chance_for(self.study, "cohort", at.round, at.attempt, rehearsal=self.rehearsal)
+        if self.ftrl is not None:
+            return self.ftrl.pick(clients, at.round, chance)
         ordered = in_order(clients)
         match self.plan.sampling:
             case PoissonSampling(rate):
@@ -113,7 +138,9 @@ class CentralPlan:
         unclipped = round(float(sums[UNCLIPPED][COUNT][0])) if self.counted else 0
         exact = {name: one for name, one in sums.items() if name != UNCLIPPED}
         chance = chance_for(self.study, "noise", at.round, at.attempt, rehearsal=self.rehearsal)
-        made = central_release(self.plan, clip_in(table, shared), exact, unclipped, total.clients, chance)
         clients = max(1, round(denominator(self.plan)))
-        aggregate = Aggregate(made.means, clients=clients, population=self.plan.units, examples=clients)
-        return aggregate, made.clip_l2 if self.counted else None
+        numbers = {"clients": clients, "population": self.plan.units, "examples": clients}
+        if self.ftrl is not None:
+            return Aggregate(self.ftrl.means(at.round, exact), **numbers), None
+        made = central_release(self.plan, clip_in(table, shared), exact, unclipped, total.clients, chance)
+        return Aggregate(made.means, **numbers), made.clip_l2 if self.counted else None

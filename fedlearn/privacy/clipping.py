@@ -17,7 +17,7 @@ import numpy as np
 from fedlearn.errors import UpdateError
 from fedlearn.learning.postprocess import ClipL2, joint_l2_norm
 from fedlearn.learning.update import UNCLIPPED, Aggregate, Update
-from fedlearn.privacy.plan import AdaptiveClip, FixedCohort, PoissonSampling, PrivacyPlan
+from fedlearn.privacy.plan import AdaptiveClip, FixedCohort, PoissonSampling, PrivacyPlan, Spaced
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Array, Arrays
@@ -107,7 +107,7 @@ def denominator(plan: PrivacyPlan) -> float:
     match plan.sampling:
         case PoissonSampling(rate):
             return rate * plan.units
-        case FixedCohort(size, _):
+        case FixedCohort(size, _) | Spaced(size, _, _):
             return float(size)
         case _:
             return float(plan.units)

@@ -13,14 +13,15 @@ Two families of C:
     learning systems": buffered linear Toeplitz). Memory: one model a buffer, for any number of rounds.
 
 Sensitivity. A client that takes part at most every `separation` rounds moves C G by at most the norm of the sum of C's columns 0, b, 2 b, ...
-times its clip, when the coefficients are not negative and never rise (Kalinin and Lampert 2024, theorem 2). The server must hold clients to the
-separation; a client that comes back too soon is turned away.
+times its clip, when the coefficients are not negative and never rise (Kalinin and Lampert 2024, theorem 2); as many columns as it may take part
+times. The server must hold clients to both: see ftrl_run.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -94,6 +95,7 @@ class FtrlPlan:
         noise_multiplier: standard deviation of the noise on C G / (clip x sensitivity): what the whole run is accounted with.
         delta: below 1 / `units`.
         units: how many clients there are at the least; a public number.
+        most: a client takes part at most so often; None for as often as the separation lets it.
 
     Raises:
         StudyError: a number is out of range, or the coefficients rise or are negative: then no sensitivity is known.
@@ -106,14 +108,16 @@ class FtrlPlan:
     noise_multiplier: float
     delta: float
     units: int
+    most: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("clip_l2", self.clip_l2), ("noise_multiplier", self.noise_multiplier)):
             if not (math.isfinite(value) and value > 0):
                 raise StudyError(f"DP-FTRL: {name}: got {value}, expected a finite number above 0")
-        if not 1 <= self.rounds <= MAX_ROUNDS or self.separation < 1:
+        if not 1 <= self.rounds <= MAX_ROUNDS or self.separation < 1 or (self.most is not None and self.most < 1):
             raise StudyError(
-                f"DP-FTRL: got {self.rounds} rounds, separation {self.separation}; expected at least 1 of each"
+                f"DP-FTRL: got {self.rounds} rounds, separation {self.separation}, at most {self.most} participations; "
+                f"expected at least 1 of each, and at most {MAX_ROUNDS} rounds"
             )
         if self.units < 1 or not 0 < self.delta * self.units < 1:
             raise StudyError(
@@ -126,15 +130,13 @@ class FtrlPlan:
     @property
     def participations(self) -> int:
         """How often one client can take part."""
-        return -(-self.rounds // self.separation)
+        possible = -(-self.rounds // self.separation)
+        return possible if self.most is None else min(self.most, possible)
 
     @property
     def sensitivity(self) -> float:
         """How far one client moves C G, in clips."""
-        coefficients, total = self.strategy.coefficients(self.rounds), np.zeros(self.rounds)
-        for start in range(0, self.rounds, self.separation):
-            total[start:] += coefficients[: self.rounds - start]
-        return float(np.linalg.norm(total))
+        return sensitivity(self.strategy.coefficients(self.rounds), self.separation, self.participations)
 
     @property
     def noise_std(self) -> float:
@@ -147,10 +149,7 @@ class FtrlPlan:
 
     def error(self) -> float:
         """Root mean square error of the running sums of all rounds, over rounds and coordinates: what a choice of C is judged by."""
-        inverse = inverse_coefficients(self.strategy.coefficients(self.rounds))
-        prefix = np.cumsum(inverse)  # of A C^-1, A the running sums
-        weights = np.arange(self.rounds, 0, -1)
-        return self.noise_std * math.sqrt(float(weights @ prefix**2) / self.rounds)
+        return self.noise_std * error_of(inverse_coefficients(self.strategy.coefficients(self.rounds)))
 
 
 class CorrelatedNoise:
@@ -159,12 +158,13 @@ class CorrelatedNoise:
     Args:
         plan: says how much, and how it is correlated.
         size: coordinates of the sum.
-        chance: of Z.
+        chance_of: of each round's Z, rounds counted from 1. Asked again for a round it must give the same again: then a new object's noise
+            is this one's, and what was released before a crash is cancelled after it.
     """
 
-    def __init__(self, plan: FtrlPlan, size: int, chance: Chance) -> None:
-        self._plan, self._size, self._chance = plan, size, chance
-        self._round = 0
+    def __init__(self, plan: FtrlPlan, size: int, chance_of: Callable[[int], Chance]) -> None:
+        self._plan, self._size, self._chance_of = plan, size, chance_of
+        self._round, self._noise_std = 0, plan.noise_std
         if isinstance(plan.strategy, Banded):
             self._coefficients = plan.strategy.coefficients(min(plan.strategy.bands, plan.rounds))
             self._past: deque[FloatArray] = deque(maxlen=max(len(self._coefficients) - 1, 0))
@@ -180,7 +180,7 @@ class CorrelatedNoise:
         if self._round == self._plan.rounds:
             raise LocalProtocolError(f"DP-FTRL: the plan has {self._plan.rounds} rounds, and they are over")
         self._round += 1
-        noise = self._chance.normal(self._size, self._plan.noise_std)
+        noise: FloatArray = self._chance_of(self._round).normal(self._size, self._noise_std)
         match self._plan.strategy:
             case Banded():
                 for coefficient, past in zip(self._coefficients[1:], self._past, strict=False):
@@ -193,19 +193,27 @@ class CorrelatedNoise:
         return noise.copy()
 
 
-class Separation:
-    """Holds clients to the plan's separation: who came is known to the server alone."""
+def sensitivity(coefficients: FloatArray, separation: int, participations: int) -> float:
+    """Norm of the sum of a Toeplitz matrix's columns 0, b, 2 b, ... (Kalinin and Lampert 2024, theorem 2).
 
-    def __init__(self, plan: FtrlPlan) -> None:
-        self._plan, self._last = plan, dict[str, int]()
+    Args:
+        coefficients: the matrix's first column, shape (rounds,), not negative and never rising.
+        separation: b.
+        participations: how many columns.
+    """
+    rounds = len(coefficients)
+    padded = np.zeros(-(-rounds // separation) * separation)
+    padded[:rounds] = coefficients
+    sums = np.cumsum(padded.reshape(-1, separation), axis=0)
+    if participations < len(sums):
+        sums[participations:] -= sums[:-participations].copy()
+    return float(np.linalg.norm(sums.reshape(-1)[:rounds]))
 
-    def admits(self, client: str, number: int) -> bool:
-        """Whether a client may take part in a round; if so, it does."""
-        last = self._last.get(client)
-        if last is not None and number - last < self._plan.separation:
-            return False
-        self._last[client] = number
-        return True
+
+def error_of(inverse: FloatArray) -> float:
+    """Root mean square error of the running sums of C^-1 Z for standard normal Z, from the first column of C^-1."""
+    prefix, rounds = np.cumsum(inverse), len(inverse)  # of A C^-1, A the running sums
+    return math.sqrt(float(np.arange(rounds, 0, -1) @ prefix**2) / rounds)
 
 
 def inverse_coefficients(coefficients: FloatArray) -> FloatArray:

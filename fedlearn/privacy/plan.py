@@ -23,6 +23,7 @@ from fedlearn.privacy.events import (
     Repeated,
     SampledWithoutReplacement,
 )
+from fedlearn.privacy.ftrl import Banded, BufferedToeplitz, FtrlPlan
 
 if TYPE_CHECKING:
     from fedlearn.learning.strategy import Strategy
@@ -77,7 +78,26 @@ class Everyone:
     """Every unit takes part in every release. Also for cohorts whose draw is not secret: first come, over-selection."""
 
 
-Sampling = PoissonSampling | FixedCohort | Everyone
+@dataclass(frozen=True)
+class Spaced:
+    """Whoever comes, `size` of them in a round, but nobody more often than this (DP-FTRL). Nothing is amplified, and no draw need be secret.
+
+    Args:
+        size: asked in a round; public, and what sums are divided by.
+        separation: a client that was asked in round t is asked again in round t + separation at the earliest.
+        most: rounds in which one client may be asked; None for as many as the separation lets it.
+    """
+
+    size: int
+    separation: int
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise StudyError(f"privacy: cohort: got {self.size} clients a round, expected at least 1")
+
+
+Sampling = PoissonSampling | FixedCohort | Everyone | Spaced
 
 
 @dataclass(frozen=True)
@@ -116,7 +136,7 @@ class AdaptiveClip:
 
 
 Clipping = FixedClip | AdaptiveClip
-_SAMPLERS: Final = (PoissonSampling, FixedCohort, Everyone)
+_SAMPLERS: Final = (PoissonSampling, FixedCohort, Everyone, Spaced)
 _CLIPPINGS: Final = (FixedClip, AdaptiveClip)
 
 
@@ -128,11 +148,13 @@ class PrivacyPlan:
         unit: whose presence is hidden.
         sampling: what the code really does to draw units.
         clipping: the bound on one unit's contribution to one release, over everything that the strategy releases jointly.
-        noise_multiplier: standard deviation of the noise / clip, of all that one release says together.
+        noise_multiplier: standard deviation of the noise / clip, of all that one release says together; with a `matrix`, of all that the
+            whole run says together / sensitivity.
         delta: below 1 / `units`.
         units: how many units there are at the least; a public number.
         rounds: planned.
         steps: noisy releases (DP-SGD steps) of each round; 1 at client level.
+        matrix: correlates the noise of the rounds (DP-FTRL), for `Spaced` clients; None for independent noise.
         weighting: how contributions are weighted. Only uniform is possible: a weight that is a person's count is private itself.
 
     Raises:
@@ -147,6 +169,7 @@ class PrivacyPlan:
     units: int
     rounds: int
     steps: int = 1
+    matrix: Banded | BufferedToeplitz | None = None
     weighting: Weighting = Weighting.UNIFORM
 
     def __post_init__(self) -> None:
@@ -184,6 +207,19 @@ class PrivacyPlan:
                 raise StudyError(
                     f"privacy: cohort: drawn out of {self.sampling.population}, but the plan names {self.units} units"
                 )
+        if (self.matrix is not None) != isinstance(self.sampling, Spaced):
+            raise StudyError(
+                "privacy: correlated noise goes with spaced participation, and neither goes without the other"
+            )
+        if self.matrix is not None:
+            if self.unit is not Unit.CLIENT:
+                raise StudyError("privacy: correlated noise is for client-level plans")
+            if not isinstance(self.clipping, FixedClip):
+                raise StudyError(
+                    "privacy: clipping: got an adaptive clip, with correlated noise it must be fixed",
+                    hint="noise that is to cancel an earlier round's must be on the same scale",
+                )
+            _ = self.ftrl  # is refused where its sensitivity is not known
         if self.weighting is not Weighting.UNIFORM:
             raise StudyError(
                 f"privacy: weights: got {self.weighting.value!r}, expected uniform",
@@ -196,13 +232,35 @@ class PrivacyPlan:
         return self.rounds * self.steps
 
     @property
+    def ftrl(self) -> FtrlPlan:
+        """The numbers of correlated noise; for a plan with a `matrix`."""
+        assert self.matrix is not None
+        assert isinstance(self.sampling, Spaced)
+        assert isinstance(self.clipping, FixedClip)
+        return FtrlPlan(
+            self.matrix,
+            self.rounds,
+            self.sampling.separation,
+            self.clipping.clip_l2,
+            self.noise_multiplier,
+            self.delta,
+            self.units,
+            self.sampling.most,
+        )
+
+    @property
     def relation(self) -> Relation:
         """Which data sets are neighbours; it follows from the sampler."""
         return Relation.REPLACE_ONE if isinstance(self.sampling, FixedCohort) else Relation.ADD_OR_REMOVE_ONE
 
     @property
     def sum_noise_multiplier(self) -> float:
-        """Standard deviation of the noise on the sum / clip: more than the plan's multiplier where a count is released beside it."""
+        """Standard deviation of the noise on the sum / clip; with a matrix, of Z.
+
+        More than the plan's multiplier where a count is released beside the sum, and where one client moves several rounds.
+        """
+        if self.matrix is not None:
+            return self.noise_multiplier * self.ftrl.sensitivity
         if isinstance(self.clipping, AdaptiveClip):
             return self.noise_multiplier / math.sqrt(1 - self.clipping.count_share)
         return self.noise_multiplier
@@ -215,20 +273,27 @@ class PrivacyPlan:
         return 0.0
 
     def one_release(self) -> Leaf:
-        """The event of one release. A replaced unit moves the sum by twice the clip, so the multiplier halves."""
+        """The event of one release. A replaced unit moves the sum by twice the clip, so the multiplier halves.
+
+        Under correlated noise all rounds are one release.
+        """
         match self.sampling:
             case PoissonSampling(rate):
                 return PoissonSampled(rate, Gaussian(self.noise_multiplier))
             case FixedCohort(size, population):
                 return SampledWithoutReplacement(size, population, Gaussian(self.noise_multiplier / 2))
-            case Everyone():
+            case Everyone() | Spaced():
                 return Gaussian(self.noise_multiplier)
 
     def cost(self, rounds: int | None = None) -> Cost:
-        """What `rounds` rounds cost; all of the plan if not told. One attempt at a round, void or not, costs a round."""
-        return Cost(
-            Repeated(self.one_release(), (self.rounds if rounds is None else rounds) * self.steps), self.relation
-        )
+        """What `rounds` rounds cost; all of the plan if not told. One attempt at a round, void or not, costs a round.
+
+        Correlated noise costs all of it with the first round: what a round says depends on the noise of all.
+        """
+        count = self.rounds if rounds is None else rounds
+        if self.matrix is not None:
+            return Cost(Repeated(self.one_release(), min(count, 1)), self.relation)
+        return Cost(Repeated(self.one_release(), count * self.steps), self.relation)
 
     def check_strategy(self, strategy: type[Strategy] | Strategy) -> None:
         """Refuse a strategy that cannot carry this plan.
@@ -277,6 +342,10 @@ class Claim:
 NOT_PRIVATE: Final = "not private: the run is seeded, so its noise can be drawn again and taken off"
 REAL_NUMBERS: Final = "proved for real numbers; the noise is drawn in floating point"
 HIDDEN_COHORT: Final = "holds while cohort membership and size stay hidden"
+ZERO_OUT: Final = (
+    "neighbours: one client's updates are zero or are not; when it is asked is not hidden. Holds while the server asks nobody too often; the whole "
+    "run is spent with its first round"
+)
 SERVER_SEES_ALL: Final = "the server adds the noise, so it sees every update as it is"
 
 
@@ -295,6 +364,8 @@ def claims(plan: PrivacyPlan, epsilon: float, accountant: str, *, seeded: bool) 
         caveat = REAL_NUMBERS
         if plan.unit is Unit.CLIENT and adversary is Adversary.SERVER:
             value, caveat = math.inf, SERVER_SEES_ALL
+        elif isinstance(plan.sampling, Spaced):
+            caveat = f"{ZERO_OUT}; {caveat}"
         elif plan.unit is Unit.CLIENT and not isinstance(plan.sampling, Everyone):
             caveat = f"{HIDDEN_COHORT}; {caveat}"
         if seeded:

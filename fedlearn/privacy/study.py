@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import numpy as np
 
 from fedlearn.errors import RemoteProtocolError, StudyError
+from fedlearn.privacy.ftrl import Banded
 from fedlearn.privacy.plan import (
     AdaptiveClip,
     Clipping,
@@ -18,11 +19,13 @@ from fedlearn.privacy.plan import (
     PoissonSampling,
     PrivacyPlan,
     Sampling,
+    Spaced,
     Unit,
 )
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Array, Arrays
+    from fedlearn.privacy.ftrl import BufferedToeplitz
     from fedlearn.privacy.mechanisms import Chance
     from fedlearn.privacy.table import PrivacyTable
     from fedlearn.study import Study
@@ -57,15 +60,20 @@ def _plan(table: PrivacyTable, rounds: int, size: int | None, rate: float | None
             "privacy.units: missing; the data names the clients, so the study must say how many there are at the least",
             hint="a public number: sums are divided by it, and delta must be below 1 / units",
         )
+    if table.mechanism == "ftrl":
+        sampling: Sampling = _spaced(table, rounds, size, rate, units)
+    else:
+        sampling = _client_sampling(size, rate, units) if unit is Unit.CLIENT else PoissonSampling(table.sampling_rate)
     plan = PrivacyPlan(
         unit,
-        _client_sampling(size, rate, units) if unit is Unit.CLIENT else PoissonSampling(table.sampling_rate),
+        sampling,
         _clipping(table),
         table.noise_multiplier or 1.0,
         table.delta,
         units,
         rounds,
         1 if unit is Unit.CLIENT else table.steps,
+        _matrix(table, rounds) if table.mechanism == "ftrl" else None,
     )
     if table.epsilon is None:
         return plan
@@ -80,10 +88,70 @@ def _client_sampling(size: int | None, rate: float | None, units: int) -> Sampli
     return Everyone() if size is None else FixedCohort(size, units)
 
 
+def _spaced(table: PrivacyTable, rounds: int, size: int | None, rate: float | None, units: int) -> Spaced:
+    """Who is asked under correlated noise, where so many clients suffice."""
+    separation, most = table.min_separation, table.max_participations
+    assert separation is not None
+    if rate is not None:
+        raise StudyError(
+            "cohort.rate: does not go with privacy.mechanism = 'ftrl', which amplifies nothing by coins",
+            hint="take cohort.size, or mechanism = 'gaussian'",
+        )
+    if size is None and separation > 1:
+        raise StudyError(
+            f"cohort.size: missing; with privacy.min_separation = {separation} nobody is asked twice in {separation} rounds, so "
+            "not everybody in one"
+        )
+    size = units if size is None else size
+    # Asked at the same time may be as many as rest; and all together may be asked so often.
+    needed = max(size * min(separation, rounds), 0 if most is None else -(-size * rounds // most))
+    if needed > units:
+        raise StudyError(
+            f"privacy.min_separation, max_participations: rounds of {size} clients need {needed} of them, "
+            f"privacy.units says {units} at the least",
+            hint="a smaller cohort.size, a smaller min_separation, a larger max_participations, or fewer rounds",
+        )
+    return Spaced(size, separation, most)
+
+
+def _matrix(table: PrivacyTable, rounds: int) -> Banded | BufferedToeplitz:
+    separation = table.min_separation
+    assert separation is not None
+    if table.matrix == "banded":
+        return Banded(min(separation, rounds))
+    from fedlearn.privacy.ftrl_fit import fitted
+
+    most = table.max_participations
+    possible = -(-rounds // separation)
+    return fitted(rounds, separation, possible if most is None else min(most, possible))
+
+
 def _clipping(table: PrivacyTable) -> Clipping:
     if table.clipping == "fixed":
         return FixedClip(table.clip_l2)
     return AdaptiveClip(table.clip_l2, quantile=table.quantile, rate=table.clip_rate)
+
+
+def _clipping(table: PrivacyTable) -> Clipping:
+    if table.clipping == "fixed":
+        return FixedClip(table.clip_l2)
+    return AdaptiveClip(table.clip_l2, quantile=table.quantile, rate=table.clip_rate)
+
+
+def protects_rows(study: Study) -> bool:
+    """Whether each site protects its own records or groups: how data is read, split and trained on follows from it."""
+    return study.privacy is not None and study.privacy.unit != "client"
+
+
+def task_for(study: Study, task: Task) -> Task:
+    """The task as the study's plan needs it; see `Task.for_units`.
+
+    Raises:
+        UnsupportedError: the task cannot protect what the plan protects.
+    """
+    if study.privacy is None or not protects_rows(study):
+        return task
+    return task.for_units(study.privacy.group)
 
 
 def with_clip(shared: Arrays, clip_l2: float | None) -> dict[str, Array]:

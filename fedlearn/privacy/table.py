@@ -30,6 +30,15 @@ class PrivacyTable(BaseModel):
     """Of adaptive: which quantile of the norms the clip follows."""
     clip_rate: Annotated[float, Field(gt=0, le=10)] = 0.2
     """Of adaptive: how fast it does."""
+    mechanism: Literal["gaussian", "ftrl"] = "gaussian"
+    """Clients: gaussian draws each round's noise anew; ftrl lets it cancel the earlier rounds' (DP-FTRL), for clients that come when they can, so
+    that no draw amplifies anything."""
+    min_separation: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Of ftrl: a client that was asked in round t is asked again in round t + min_separation at the earliest."""
+    max_participations: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Of ftrl: the most rounds in which one client is asked; as many as min_separation lets it if not told."""
+    matrix: Literal["blt", "banded"] = "blt"
+    """Of ftrl: how noise is correlated. blt: fitted to the plan, with two models of memory; banded: with min_separation - 1 of them."""
     units: Annotated[int, Field(ge=1, le=10**12)] | None = None
     """A public number of units: sums are divided by what it makes expected, never by the real count. Records or groups: of a client, 100 if
     not told. Clients: how many there are at the least; `data.clients` if not told."""
@@ -58,4 +67,22 @@ class PrivacyTable(BaseModel):
                     raise ValueError(f"{name}: is for records and groups; who takes part in a round is [cohort]'s")
             if self.evaluation_noise is not None:
                 raise ValueError("evaluation_noise: is for records and groups")
+        self._check_mechanism()
         return self
+
+    def _check_mechanism(self) -> None:
+        if self.mechanism == "ftrl":
+            if self.unit != "client":
+                raise ValueError(f'mechanism: ftrl is for unit = "client", got unit = "{self.unit}"')
+            if self.clipping == "adaptive":
+                raise ValueError(
+                    "clipping: adaptive does not go with ftrl: noise that is to cancel an earlier round's must be on its scale"
+                )
+            if self.min_separation is None:
+                raise ValueError(
+                    "min_separation: missing; under ftrl the noise follows from how soon a client may be asked again"
+                )
+            return
+        for name in ("min_separation", "max_participations", "matrix"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f'{name}: only for mechanism = "ftrl"')

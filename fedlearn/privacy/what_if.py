@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from fedlearn.errors import StudyError
 from fedlearn.privacy.accounting import LARGEST_EPSILON, PLD_GRID, has_pld, pld_epsilon, rdp_epsilon
-from fedlearn.privacy.plan import FixedCohort, PoissonSampling, PrivacyPlan
+from fedlearn.privacy.plan import FixedCohort, PoissonSampling, PrivacyPlan, Spaced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +92,7 @@ def _sampled(plan: PrivacyPlan, factor: float) -> PoissonSampling | FixedCohort:
             return PoissonSampling(rate * factor)
         case FixedCohort(size, population):
             return FixedCohort(max(1, round(size * factor)), population)
-    raise StudyError("privacy: everyone takes part: there is no sampling to change")
+    raise StudyError("privacy: there is no sampling to change")
 
 
 def _facts(plan: PrivacyPlan) -> tuple[int, float, str]:
@@ -106,4 +106,6 @@ def in_words(plan: PrivacyPlan) -> str:
             return f"Poisson {rate:g}"
         case FixedCohort(size, population):
             return f"{size} of {population}"
+        case Spaced(size, separation, _):
+            return f"{size}, each every {separation} rounds at most"
     return "everyone"
