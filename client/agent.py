@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from client import sandbox
 from client.accounts import LEDGERS, Accounts, ledger_folder, signing_key
 from client.crew import Crew
+from client.masking import Masking
 from client.policy import SiteRules, load_rules
 from client.process import WorkerRaisedError
 from client.site import ForeignSite, Site
@@ -19,6 +20,7 @@ from fedlearn.app import App, load_app, own_root
 from fedlearn.errors import StudyError, TlsError, WorkerCrashedError
 from fedlearn.link import LinkClient, TlsBundle
 from fedlearn.link import events as link_events
+from fedlearn.link.enrolment import CertificateEnrolment, identity_of
 from fedlearn.link.tls import Role
 from fedlearn.lock import FolderLock
 from fedlearn.privacy.budget import EpsilonCharger
@@ -120,6 +122,21 @@ def node_config(options: AgentOptions, name: str) -> dict[str, Any]:
     return config
 
 
+def site_masking(bundle: TlsBundle, app: App) -> Masking:
+    """This site's keys for secure aggregation; its certificate says who it is, and its authority who the others are.
+
+    Raises:
+        TlsError: the certificate's key cannot sign there.
+    """
+    identity, claim = identity_of(bundle)
+    return Masking(
+        identity,
+        claim,
+        CertificateEnrolment(bundle.ca_pem),
+        lambda study: app.strategy(study.strategy.name, study.strategy.options),
+    )
+
+
 async def _serve(
     options: AgentOptions, bundle: TlsBundle, app: App, rules: SiteRules, gate: SiteGate, accounts: Accounts | None
 ) -> int:
@@ -131,7 +148,7 @@ async def _serve(
     config = node_config(options, name)
     handle: Callable[[Message], Awaitable[Message]]
     if app.native:
-        handle = Site(crew, rules, gate, config, accounts).handle
+        handle = Site(crew, rules, gate, config, accounts, site_masking(bundle, app)).handle
     else:
         handle = ForeignSite(crew, config, app.config).handle
     facts = {"task": options.task or "", "device": options.device}

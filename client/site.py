@@ -21,18 +21,22 @@ from fedlearn.learning.checkpoint import broadcast_digest
 from fedlearn.learning.heads import put_heads, take_heads
 from fedlearn.learning.strategy import ServerState
 from fedlearn.link import flower
-from fedlearn.release.keys import TRAIN, AttemptId, ReleaseKey
+from fedlearn.release.keys import TRAIN, UNMASK, AttemptId, ReleaseKey
 from fedlearn.release.records import Finished, InProgress, Refused, Reserved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from flwr.app import RecordDict
 
     from client.accounts import Accounts
     from client.crew import Crew
+    from client.masking import Masking, Masks
     from client.policy import SiteRules
     from fedlearn.learning.messages import Request
     from fedlearn.release.charge import Charge
     from fedlearn.release.site import SiteGate
+    from fedlearn.study import Study
 
 log = logging.getLogger("fedlearn.client")
 T = TypeVar("T")
@@ -53,6 +57,7 @@ class Site:
         gate: the release path's; calls to it do not overlap.
         node_config: what the app is told of this site (`client-id`, `data`, `device`, `threads`).
         accounts: the ledger that the gate charges; None where the policy names no budget, so that no private study is admitted.
+        masking: this site's keys for secure aggregation; None takes part in no study that asks for it.
     """
 
     def __init__(
@@ -62,8 +67,10 @@ class Site:
         gate: SiteGate,
         node_config: Mapping[str, Any],
         accounts: Accounts | None = None,
+        masking: Masking | None = None,
     ) -> None:
         self._crew, self._rules, self._gate, self._accounts = crew, rules, gate, accounts
+        self._masking = masking
         self._node_config = dict(node_config)
         self._gate_lock = asyncio.Lock()
         self._computing: dict[ReleaseKey, asyncio.Event] = {}
@@ -77,8 +84,9 @@ class Site:
         heads = take_heads(message.content)
         request = messages.decode_facts(message.content)
         study = self._rules.admit(request)
+        masks = self._masks(study)
         if study.privacy is None:
-            return await self._answer(message, request)
+            return await self._answer(message, request, masks)
         if self._accounts is None:
             raise PolicyRefusedError(
                 "policy: this site keeps no ledger, so it takes part in no study with a privacy plan"
@@ -88,7 +96,7 @@ class Site:
         try:
             # In a thread: the first time, a plan's noise is searched for.
             guard = await asyncio.to_thread(guard_of, request.study, account)
-            reply = await self._answer(message, request, guard)
+            reply = await self._answer(message, request, masks, guard)
         except FedlearnError:
             raise
         except Exception as error:
@@ -96,10 +104,24 @@ class Site:
         put_heads(reply.content, [await self._at_gate(self._accounts.head)])
         return reply
 
-    async def _answer(self, message: Message, request: Request, guard: Guard | None = None) -> Message:
+    def _masks(self, study: Study) -> Masks | None:
+        """How this study's updates are masked here; None where it does not ask for it."""
+        if not study.secure_aggregation.enabled:
+            return None
+        if self._masking is None:
+            raise PolicyRefusedError("policy: this site has no keys for secure aggregation, which the study asks for")
+        return self._masking.of(study)
+
+    async def _answer(
+        self, message: Message, request: Request, masks: Masks | None, guard: Guard | None = None
+    ) -> Message:
+        if request.exchange in messages.KEYED:
+            return Message(await self._keyed(request, masks), reply_to=message)
         if request.exchange is Exchange.TRAIN:
-            payload = await self._train(message, request, guard)
-            return Message(records.unpack(payload), reply_to=message)
+            content = records.unpack(await self._train(message, request, masks, guard))
+            if masks is not None:
+                content = messages.with_entry(content, await asyncio.to_thread(masks.next_check_in, request))
+            return Message(content, reply_to=message)
         state = None
         if guard is not None:
             await self._may_describe(request, guard)
@@ -110,6 +132,24 @@ class Site:
             return Message(guard.description(reply.content, str(self._node_config["client-id"])), reply_to=message)
         return reply
 
+    async def _keyed(self, request: Request, masks: Masks | None) -> RecordDict:
+        """Keys and shares are answered by whoever has them; what opens a sum leaves through the gate, once."""
+        if masks is None:
+            raise RemoteProtocolError(
+                f"message: the server asks for {request.exchange.value} in a study without secure aggregation"
+            )
+        if request.exchange is not Exchange.UNMASK:
+            return await asyncio.to_thread(masks.answer, request)
+
+        async def open_(_reserved: Reserved) -> tuple[RecordDict, bytes | None]:
+            return messages.encode_said(await asyncio.to_thread(masks.opening, request)), None
+
+        base = None if request.base is None else AttemptId(*request.base)
+        key = _key(request, UNMASK)
+        return records.unpack(
+            await self._released(key, lambda: self._gate.reserve(key, base=base, request=request.body), open_)
+        )
+
     async def _may_describe(self, request: Request, guard: Guard) -> None:
         """Under a plan nobody but who this site is leaves without a charge, and that only where there is room for the run's first one."""
         if request.exchange is not Exchange.DESCRIBE:
@@ -119,21 +159,24 @@ class Site:
         if (refused := await self._at_gate(self._gate.foresee, request.run, guard.first())) is not None:
             raise _refusal(refused)
 
-    async def _train(self, message: Message, request: Request, guard: Guard | None) -> bytes:
-        key = _key(request)
+    async def _train(self, message: Message, request: Request, masks: Masks | None, guard: Guard | None) -> bytes:
+        key = _key(request, TRAIN)
         asked = await asyncio.to_thread(_broadcast, message, request)
         base = None if request.base is None else AttemptId(*request.base)
         charge = None if guard is None else await self._at_gate(self._charge, request, guard)
-        while True:
-            answer = await self._at_gate(lambda: self._gate.reserve(key, base=base, charge=charge))
-            if isinstance(answer, InProgress):
-                await self._computing[key].wait()
-                continue
-            break
-        if isinstance(answer, Finished):
-            log.info("%s: sent again, %d bytes, computed once", key.at, len(answer.payload))
-            return answer.payload
-        return await self._computed(message, asked, key, _granted(answer), guard)
+
+        async def train(reserved: Reserved) -> tuple[RecordDict, bytes | None]:
+            if masks is not None:
+                await asyncio.to_thread(masks.expect, request)
+            reply, state = await self._compute(message, key.run, reserved.state, guard)
+            content = reply.content
+            if guard is not None:
+                content = await asyncio.to_thread(guard.update, content, asked)
+            if masks is not None:
+                content = await asyncio.to_thread(masks.masked, asked, content)
+            return content, state
+
+        return await self._released(key, lambda: self._gate.reserve(key, base=base, charge=charge), train)
 
     def _charge(self, request: Request, guard: Guard) -> Charge | None:
         """What an update costs, once the run is admitted where its plan is charged whole."""
@@ -142,15 +185,26 @@ class Site:
             raise _refusal(refused)
         return charge
 
-    async def _computed(
-        self, message: Message, asked: Request, key: ReleaseKey, reserved: Reserved, guard: Guard | None
+    async def _released(
+        self,
+        key: ReleaseKey,
+        reserve: Callable[[], Reserved | Finished | InProgress | Refused],
+        compute: Callable[[Reserved], Awaitable[tuple[RecordDict, bytes | None]]],
     ) -> bytes:
+        """The committed bytes of a release: computed once, whoever asks how often."""
+        while True:
+            answer = await self._at_gate(reserve)
+            if isinstance(answer, InProgress):
+                await self._computing[key].wait()
+                continue
+            break
+        if isinstance(answer, Finished):
+            log.info("%s: sent again, %d bytes, computed once", key.at, len(answer.payload))
+            return answer.payload
+        reserved = _granted(answer)
         done = self._computing[key] = asyncio.Event()
         try:
-            reply, state = await self._compute(message, key.run, reserved.state, guard)
-            content = reply.content
-            if guard is not None:
-                content = await asyncio.to_thread(guard.update, content, asked)
+            content, state = await compute(reserved)
             payload = records.pack(content)
             finished = await self._at_gate(lambda: self._gate.commit(key, payload, state=state))
         except BaseException:
@@ -163,7 +217,7 @@ class Site:
             done.set()
         if isinstance(finished, Refused):
             raise _refusal(finished)
-        log.info("run %s, %s: update of %d bytes committed and released", key.run, key.at, len(finished.payload))
+        log.info("run %s, %s: %s of %d bytes committed and released", key.run, key.at, key.exchange, len(payload))
         return finished.payload
 
     async def _compute(
@@ -274,9 +328,9 @@ def _broadcast(message: Message, request: Request) -> Request:
     return whole
 
 
-def _key(request: Request) -> ReleaseKey:
+def _key(request: Request, exchange: str) -> ReleaseKey:
     try:
-        return ReleaseKey(request.run, request.round, request.attempt, TRAIN, request.model_digest)
+        return ReleaseKey(request.run, request.round, request.attempt, exchange, request.model_digest)
     except ValueError as error:
         raise RemoteProtocolError(f"message: {error}") from None
 

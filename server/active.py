@@ -41,6 +41,7 @@ class ActiveRun:
         store: where its journal and model are.
         event_log: where its events go.
         client_name: node id to the name in that client's certificate.
+        authority_pem: the certificate of who certifies clients.
         on_end: called in the thread when it is over.
     """
 
@@ -53,6 +54,7 @@ class ActiveRun:
         store: Store,
         event_log: EventLog,
         client_name: Callable[[int], str],
+        authority_pem: bytes,
         on_end: Callable[[str], None],
     ) -> None:
         self._row, self._server_app, self._grid = row, server_app, grid
@@ -76,6 +78,7 @@ class ActiveRun:
             lambda: self._stop,
             client_name,
             StoredHeads(store),
+            authority_pem,
         )
         # A Flower grid has no such attribute: apps that know of it look for it, others never see it.
         grid.runtime = runtime  # type: ignore[attr-defined]

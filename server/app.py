@@ -27,9 +27,13 @@ if TYPE_CHECKING:
     from flwr.app import Context
     from flwr.serverapp import Grid
 
+    from fedlearn.arrays import Arrays
     from fedlearn.learning.federation import Outcome
+    from fedlearn.learning.masked import SecureRounds
     from fedlearn.learning.runtime import RunRuntime
+    from fedlearn.learning.strategy import Strategy
     from fedlearn.learning.task import Task
+    from fedlearn.release.journal import Journal
     from fedlearn.study import Study
 
 app = ServerApp()
@@ -62,16 +66,20 @@ def main(grid: Grid, context: Context) -> None:
         client_name=runtime.client_name if runtime is not None else None,
         heads=runtime.heads if runtime is not None else None,
     )
+    strategy = own.strategy(study.strategy.name, study.strategy.options)
+    initial = initial_weights(task, study)
+    journal = runtime.journal if runtime is not None else DictJournal()
     federation = Federation(
         study,
         run,
-        own.strategy(study.strategy.name, study.strategy.options),
-        initial_weights(task, study),
+        strategy,
+        initial,
         backend,
-        runtime.journal if runtime is not None else DictJournal(),
+        journal,
         metric=task.card.metric,
         emit=runtime.emit if runtime is not None else _log_event,
         should_stop=runtime.should_stop if runtime is not None else lambda: False,
+        secure=_secure(study, run, strategy, initial, backend, journal, runtime),
     )
     clock = SystemClock()
     started_s = clock.monotonic()
@@ -80,6 +88,27 @@ def main(grid: Grid, context: Context) -> None:
         runtime.checkpoints.finish(to_bytes(outcome.state.model), {"study": study.to_json()})
     elif runtime is None:
         _save_beside(context, study, task, outcome, clock.monotonic() - started_s)
+
+
+def _secure(
+    study: Study,
+    run: str,
+    strategy: Strategy,
+    initial: Arrays,
+    backend: GridBackend,
+    journal: Journal,
+    runtime: RunRuntime | None,
+) -> SecureRounds | None:
+    """The rounds' masks where the study asks for them. Clients are whom the coordinator's authority certifies; on stock Flower whoever says so."""
+    if not study.secure_aggregation.enabled:
+        return None
+    from fedlearn.learning.masked import MaskedRounds
+    from fedlearn.link.enrolment import CertificateEnrolment
+    from fedlearn.secagg.enrolment import Declared
+
+    certified = runtime is not None and bool(runtime.authority_pem)
+    enrolment = CertificateEnrolment(runtime.authority_pem) if runtime is not None and certified else Declared()
+    return MaskedRounds(study, run, strategy, initial, backend, journal, enrolment)
 
 
 def _study(runtime: RunRuntime | None, context: Context) -> Study:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from flwr.app import Message, MessageType, RecordDict
@@ -12,7 +12,7 @@ from flwr.app import Message, MessageType, RecordDict
 from fedlearn.clock import Clock, SystemClock
 from fedlearn.errors import FedlearnError, RemoteProtocolError
 from fedlearn.learning import messages
-from fedlearn.learning.backend import Exchange, Failed, Fitted, Scored, Work
+from fedlearn.learning.backend import Exchange, Failed, Fitted, Said, Scored, Work
 from fedlearn.learning.heads import put_heads, take_heads
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ MESSAGE_TYPES: Final = {
     Exchange.DESCRIBE: MessageType.QUERY,
     Exchange.TRAIN: MessageType.TRAIN,
     Exchange.EVALUATE: MessageType.EVALUATE,
+    Exchange.CHECK_IN: f"{MessageType.QUERY}.check_in",
+    Exchange.SHARE: f"{MessageType.QUERY}.share",
+    Exchange.UNMASK: f"{MessageType.QUERY}.unmask",
 }
 
 
@@ -97,12 +100,23 @@ class GridBackend:
             except FedlearnError as error:
                 yield Failed(client, error.message)
 
+    def secure(
+        self, exchange: Exchange, work: Work, bodies: Mapping[str, bytes], length: int
+    ) -> Iterator[Said | Failed]:
+        for client, reply in self._exchange(exchange, work, bodies, length):
+            try:
+                yield Failed(client, reply) if isinstance(reply, str) else messages.decode_said(client, reply)
+            except FedlearnError as error:
+                yield Failed(client, error.message)
+
     def close(self) -> None:
         self._node_of.clear()
 
-    def _exchange(self, exchange: Exchange, work: Work) -> Iterator[tuple[str, RecordDict | str]]:
+    def _exchange(
+        self, exchange: Exchange, work: Work, bodies: Mapping[str, bytes] | None = None, length: int = 0
+    ) -> Iterator[tuple[str, RecordDict | str]]:
         """Each client of the cohort once, with its reply's content or the reason why there is none."""
-        requests = self._encoder.encode(exchange, work)
+        requests = self._encoder.encode(exchange, work, bodies, length)
         present = {client: request for client, request in requests.items() if client in self._node_of}
         for client, request in present.items():
             self._remind(client, request)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlearn.arrays import LIMITS, Arrays, check_limits
 from fedlearn.errors import LimitExceededError, RemoteProtocolError
-from fedlearn.learning.backend import Base, Exchange, Scored, Work
+from fedlearn.learning.backend import Base, Exchange, Said, Scored, Work
 from fedlearn.learning.collect import MAX_EXAMPLES
 from fedlearn.learning.update import Update
 
@@ -28,9 +28,14 @@ if TYPE_CHECKING:
 
 RECORD: Final = "fedlearn"
 PRIVATE: Final = "private."
+MASKED: Final = "masked"
+KEYED: Final = frozenset({Exchange.CHECK_IN, Exchange.SHARE, Exchange.UNMASK})
+"""Exchanges of secure aggregation whose messages hold no model."""
 FORMAT: Final = 1
 
 MAX_METRICS: Final = 1_000
+MAX_CELLS: Final = 10_000
+"""Noisy sums of one evaluation."""
 """The most metrics or facts of one client; each enters the history."""
 MAX_NAME_BYTES: Final = 200
 """The longest name of a metric or of a client."""
@@ -56,6 +61,8 @@ class Request:
         attempt: see `Work`.
         model_digest: see `Work`; "" when the message carries no model.
         base: see `Work`; None when the client never entered a sum.
+        body: what a client is told in secure aggregation.
+        length: coordinates of an update, in secure aggregation; 0 elsewhere.
         model: global weights.
         shared: broadcast beside them.
     """
@@ -68,6 +75,8 @@ class Request:
     attempt: int = 0
     model_digest: str = ""
     base: Base | None = None
+    body: bytes = field(default=b"", repr=False)
+    length: int = 0
     model: Arrays = field(default_factory=dict, repr=False)
     shared: Arrays = field(default_factory=dict, repr=False)
 
@@ -82,9 +91,11 @@ class RequestEncoder:
         """The request that asks a client who it is."""
         return RecordDict({RECORD: ConfigRecord(self._facts(Exchange.DESCRIBE))})
 
-    def encode(self, exchange: Exchange, work: Work) -> Mapping[str, RecordDict]:
-        """One request a client of the cohort, by client id."""
-        model, shared = to_record(work.model), to_record(work.shared)
+    def encode(
+        self, exchange: Exchange, work: Work, bodies: Mapping[str, bytes] | None = None, length: int = 0
+    ) -> Mapping[str, RecordDict]:
+        """One request a client of the cohort, by client id; with `bodies` and `length` one of secure aggregation."""
+        arrays = {} if exchange in KEYED else {"model": to_record(work.model), "shared": to_record(work.shared)}
         requests = {}
         for client in work.cohort:
             base = work.base.get(client)
@@ -95,7 +106,9 @@ class RequestEncoder:
                 "base_round": base[0] if base else 0,
                 "base_attempt": base[1] if base else 0,
             }
-            requests[client] = RecordDict({RECORD: ConfigRecord(facts), "model": model, "shared": shared})
+            if bodies is not None:
+                facts |= {"body": bodies[client], "length": length}
+            requests[client] = RecordDict({RECORD: ConfigRecord(facts), **arrays})
         return requests
 
     def _facts(self, exchange: Exchange) -> dict[str, Any]:
@@ -115,7 +128,7 @@ def decode_request(content: RecordDict) -> Request:
         RemoteProtocolError: a record or a field is missing or of another type.
     """
     request = decode_facts(content)
-    if request.exchange is Exchange.DESCRIBE:
+    if request.exchange is Exchange.DESCRIBE or request.exchange in KEYED:
         return request
     return replace(request, model=from_record(content, "model"), shared=from_record(content, "shared"))
 
@@ -140,6 +153,8 @@ def decode_facts(content: RecordDict) -> Request:
         attempt=_number(facts, "attempt"),
         model_digest=_text(facts, "model_digest"),
         base=(base_round, _number(facts, "base_attempt")) if base_round else None,
+        body=_bytes(facts, "body") if "body" in facts else b"",
+        length=_number(facts, "length") if "length" in facts else 0,
     )
 
 
@@ -172,10 +187,33 @@ def decode_update(content: RecordDict) -> Update:
     return Update(private, examples=_number(facts, "examples"), facts=_metrics(content, "facts"))
 
 
-def encode_scores(metrics: Mapping[str, float], examples: int) -> RecordDict:
-    """A client's metrics as a reply's content."""
+def encode_said(body: bytes, entry: bytes = b"") -> RecordDict:
+    """A client's answer in secure aggregation as a reply's content."""
+    content = RecordDict({RECORD: ConfigRecord({"format": FORMAT, "entry": entry})})
+    # Among the arrays it is not copied through protobuf; a masked vector is as long as a model.
+    content[MASKED] = to_record({"body": np.frombuffer(body, dtype=np.uint8)})
+    return content
+
+
+def with_entry(content: RecordDict, entry: bytes) -> RecordDict:
+    """The same answer with a check-in for the next round: it rides along, and is no part of what was released."""
+    return RecordDict({**content, RECORD: ConfigRecord({**content.config_records[RECORD], "entry": entry})})
+
+
+def decode_said(client: str, content: RecordDict) -> Said:
+    """A client's answer in secure aggregation from a reply's content. What it says is the protocol's to check."""
+    body = from_record(content, MASKED).get("body")
+    if body is None or body.dtype != np.uint8 or body.ndim != 1:
+        raise RemoteProtocolError(f"message: record {MASKED!r} holds no bytes")
+    return Said(client, body.tobytes(), _bytes(_facts_of(content), "entry"))
+
+
+def encode_scores(metrics: Mapping[str, float], examples: int, cells: Sequence[float] = ()) -> RecordDict:
+    """A client's metrics, or its noisy sums, as a reply's content."""
     content = RecordDict({RECORD: ConfigRecord({"format": FORMAT, "examples": examples})})
     content["metrics"] = MetricRecord({name: float(value) for name, value in metrics.items()})
+    if len(cells):
+        content["cells"] = to_record({"cells": np.asarray(cells, dtype=np.float64)})
     return content
 
 
@@ -184,7 +222,12 @@ def decode_scores(client: str, content: RecordDict) -> Scored:
     examples = _number(_facts_of(content), "examples")
     if not 0 <= examples <= MAX_EXAMPLES:
         raise RemoteProtocolError(f"message: {examples} test examples, expected 0 to {MAX_EXAMPLES}")
-    return Scored(client, _metrics(content, "metrics"), examples)
+    cells = from_record(content, "cells").get("cells", np.zeros(0)) if "cells" in content else np.zeros(0)
+    if cells.ndim != 1 or cells.dtype != np.float64 or len(cells) > MAX_CELLS:
+        raise RemoteProtocolError(
+            f"message: sums {cells.dtype}{list(cells.shape)}, expected float64, at most {MAX_CELLS} numbers"
+        )
+    return Scored(client, _metrics(content, "metrics"), examples, tuple(cells.tolist()))
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
@@ -247,6 +290,13 @@ def _text(facts: Mapping[str, Any], key: str) -> str:
     value = facts.get(key)
     if not isinstance(value, str):
         raise RemoteProtocolError(f"message: {key} is {type(value).__name__}, expected text")
+    return value
+
+
+def _bytes(facts: Mapping[str, Any], key: str) -> bytes:
+    value = facts.get(key)
+    if not isinstance(value, bytes):
+        raise RemoteProtocolError(f"message: {key} is {type(value).__name__}, expected bytes")
     return value
 
 

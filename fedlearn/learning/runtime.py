@@ -7,7 +7,7 @@ nothing of it, the attribute is absent: `getattr(grid, "runtime", None)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedlearn.events import Emit
@@ -45,6 +45,7 @@ class RunRuntime:
         should_stop: True when somebody asked the run to stop; asked between rounds.
         client_name: node id to the name in that client's certificate.
         heads: of the sites' ledgers, over all runs; None where nobody remembers any.
+        authority_pem: the certificate of who certifies clients; empty where nobody does.
     """
 
     run_id: str
@@ -56,3 +57,4 @@ class RunRuntime:
     should_stop: Callable[[], bool]
     client_name: Callable[[int], str]
     heads: HeadMemory | None = None
+    authority_pem: bytes = field(default=b"", repr=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -207,7 +208,12 @@ class Vectors:
         return Aggregate(means, clients, population, examples=sum_.weight)
 
 
-def rounding_key(study: Study, round_: int, client: str) -> bytes:
-    """What a seeded client's rounding follows from; as the rest of its chance it does not depend on the attempt."""
+def rounding_key(study: Study, round_: int, client: str, *, rehearsal: bool = False) -> bytes:
+    """What a client's rounding follows from: the operating system's chance where privacy is asked for in earnest, else the study's seed.
+
+    As the rest of seeded chance it does not depend on the attempt.
+    """
+    if study.privacy is not None and not study.privacy.seeded and not rehearsal:
+        return os.urandom(KEY_BYTES)
     seed = hashlib.sha256(f"{study.seed}/{round_}/{client}".encode()).digest()
     return digest_of("rounding", seed)[:KEY_BYTES]

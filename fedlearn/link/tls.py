@@ -119,7 +119,7 @@ class TlsBundle:
                 f"{folder / KEY_FILE}: the key does not belong to {CERT_FILE}",
                 hint="the two files come from different `issue` runs; issue the certificate again",
             )
-        return cls(Identity.from_uris(_uris(cert)), ca_pem, cert_pem, key_pem, folder)
+        return cls(Identity.from_uris(certificate_uris(cert)), ca_pem, cert_pem, key_pem, folder)
 
 
 def create_authority(directory: Path | str, *, name: str = "fedlearn development CA", days: int = _CA_DAYS) -> Path:
@@ -337,7 +337,8 @@ def _check_signed(cert: x509.Certificate, ca: x509.Certificate, folder: Path) ->
         ) from None
 
 
-def _uris(cert: x509.Certificate) -> list[str]:
+def certificate_uris(cert: x509.Certificate) -> list[str]:
+    """The URIs among a certificate's subject alternative names."""
     from cryptography import x509
 
     try:

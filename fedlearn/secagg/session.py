@@ -89,6 +89,15 @@ class MaskingSession:
             assert answer is not None
             return to_bytes(answer)
 
+    def expect(self, at: AttemptId, delivery: bytes) -> None:
+        """Take the shares that the others sealed for this client; `mask` would, too, after the work is done.
+
+        Raises:
+            SecureAggregationError: they are refused, or this client holds no keys of the attempt.
+        """
+        with self._lock:
+            self._need(at).round.receive(_from_server(delivery))
+
     def mask(self, at: AttemptId, delivery: bytes, vector: Vector, *, threads: int = 1) -> bytes:
         """The encoded update under its masks; once for each attempt.
 

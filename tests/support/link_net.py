@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
@@ -13,6 +13,8 @@ from flwr.app import Context, Message, RecordDict
 from fedlearn.link import LinkClient, LinkGrid, LinkServer, Role, TlsBundle, create_authority, issue
 
 App = Callable[[Message, Context], Message]
+HandlerOf = Callable[[TlsBundle], Callable[[Message], Awaitable[Message]]]
+"""Makes what answers a site's messages, from its certificate."""
 
 
 class Site:
@@ -42,6 +44,7 @@ class LinkNet:
 
     def __init__(self, server: LinkServer, authority: Path) -> None:
         self.server, self._authority = server, authority
+        self.authority_pem = (authority / "ca.pem").read_bytes()
 
     def issue(self, name: str) -> Path:
         """A client's bundle from this net's authority, for a process of its own."""
@@ -56,7 +59,9 @@ class LinkNet:
 
 
 @contextlib.contextmanager
-def link_net(folder: Path, names: Sequence[str] = (), app: App | None = None) -> Iterator[LinkNet]:
+def link_net(
+    folder: Path, names: Sequence[str] = (), app: App | None = None, handler_of: HandlerOf | None = None
+) -> Iterator[LinkNet]:
     """All clients of `names`, connected to a server on a free port of loopback; everything is stopped in the end.
 
     Without names there is only the server: its clients are processes that the test starts.
@@ -78,9 +83,13 @@ def link_net(folder: Path, names: Sequence[str] = (), app: App | None = None) ->
 
         async def dial() -> None:
             for name in names:
-                assert app is not None
                 bundle = TlsBundle.load(issue(authority, name, Role.CLIENT, folder / name))
-                client = LinkClient(address, bundle, Site(name, app, {"client-id": name}).handle)
+                if handler_of is None:
+                    assert app is not None
+                    handler = Site(name, app, {"client-id": name}).handle
+                else:
+                    handler = handler_of(bundle)
+                client = LinkClient(address, bundle, handler)
                 tasks.append(asyncio.create_task(client.run()))
 
         on_loop(dial())

@@ -1,0 +1,76 @@
+"""A site's agent in this process: its real policy, gate and keys, and the worker's real code in a thread instead of a process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from flwr.app import Message
+
+from client.agent import site_masking
+from client.app import app as client_app
+from client.frames import Frame
+from client.policy import SiteRules
+from client.site import Site
+from client.worker import _answer
+from fedlearn.app import load_app
+from fedlearn.learning.backend import Exchange
+from fedlearn.learning.messages import decode_facts
+from fedlearn.link import TlsBundle
+from fedlearn.release.charge import CostCharger
+from fedlearn.release.journal import MemoryDisk, MemoryJournal
+from fedlearn.release.site import SiteGate
+
+_ONE_AT_A_TIME = threading.Lock()
+"""torch's settings are the process's."""
+
+
+class Desk:
+    """`Crew` without processes."""
+
+    async def call(self, run: str, frame: Frame) -> Frame:
+        return await asyncio.to_thread(self._work, frame)
+
+    def _work(self, frame: Frame) -> Frame:
+        with _ONE_AT_A_TIME:
+            return _answer(client_app, frame)
+
+
+class DeskSites:
+    """Sites by name, each of which can be killed: what it held in memory is gone, what it committed is not.
+
+    Args:
+        task: that they take part in.
+        meets: told of each request before it is answered: `meets(site, exchange, round, attempt)`. Raises to lose it.
+    """
+
+    def __init__(self, task: str, meets: Callable[[str, Exchange, int, int], None] = lambda *_asked: None) -> None:
+        self._task, self.meets = task, meets
+        self._disks: dict[str, MemoryDisk] = {}
+        self._sites: dict[str, Site] = {}
+        self._bundles: dict[str, TlsBundle] = {}
+        self.replies: list[tuple[str, Exchange, Message]] = []
+
+    def handler(self, bundle: TlsBundle):
+        """What `link_net` asks for."""
+        name = bundle.identity.name
+        self._bundles[name], self._disks[name] = bundle, MemoryDisk()
+        self.kill(name)
+
+        async def handle(message: Message) -> Message:
+            facts = decode_facts(message.content)
+            self.meets(name, facts.exchange, facts.round, facts.attempt)
+            reply = await self._sites[name].handle(message)
+            self.replies.append((name, facts.exchange, reply))
+            return reply
+
+        return handle
+
+    def kill(self, name: str) -> None:
+        """kill -9 and a restart."""
+        app = load_app()
+        rules = SiteRules().with_defaults(self._task, app.digest)
+        gate = SiteGate(MemoryJournal(self._disks[name]), CostCharger({}))
+        config = {"client-id": name, "device": "cpu"}
+        self._sites[name] = Site(Desk(), rules, gate, config, None, site_masking(self._bundles[name], app))
