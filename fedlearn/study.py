@@ -212,8 +212,7 @@ class Study(_Table):
     def with_overrides(self, overrides: Sequence[str]) -> Study:
         """The same study with `key=value` overrides applied; see `load_study`."""
         tree = self.model_dump(mode="json")
-        for override in overrides:
-            _apply_override(tree, override)
+        _apply_overrides(tree, overrides)
         return _validate(tree, "", self.name, overrides)
 
     @property
@@ -256,8 +255,7 @@ def parse_study(text: str, overrides: tuple[str, ...] = (), *, origin: str = "st
         tree = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise StudyError(f"{origin}: not valid TOML: {error}") from None
-    for override in overrides:
-        _apply_override(tree, override)
+    _apply_overrides(tree, overrides)
     return _validate(tree, text, origin, overrides)
 
 
@@ -344,6 +342,16 @@ def _line_of(text: str, path: tuple[str, ...]) -> int | None:
     return best[1] if best else None
 
 
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    for override in overrides:
+        _apply_override(tree, override)
+    table = tree.get("privacy")
+    unset = isinstance(table, dict) and all(table.get(key) is None for key in ("epsilon", "noise_multiplier"))
+    # Asked in so many words: without a budget there is no plan, and the whole table goes.
+    if unset and any(_override_path(o) == ("privacy", "epsilon") and _is_none(o) for o in overrides):
+        tree["privacy"] = None
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     parts = _override_path(override)
     _, equals, raw = override.partition("=")
@@ -359,11 +367,28 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = raw.strip()
     node = tree
     for part in parts[:-1]:
-        child = node.setdefault(part, {})
+        child = node.get(part)
+        if child is None:  # not there, or there as nothing
+            child = node[part] = {}
         if not isinstance(child, dict):
             raise StudyError(f"override {override!r}: {part!r} is a value, not a table")
         node = child
-    node[parts[-1]] = value
+    node[parts[-1]] = None if _is_none(override) and _may_be_absent(parts) else value
+
+
+def _is_none(override: str) -> bool:
+    return override.partition("=")[2].strip() == "none"
+
+
+def _may_be_absent(path: tuple[str, ...]) -> bool:
+    """Whether a key has no value, or a table is not there, by default; TOML has no word for that, overrides have `none`."""
+    model: type[BaseModel] | None = Study
+    for part in path[:-1]:
+        if model is None or part not in model.model_fields:
+            return False
+        model, _ = table_of(model.model_fields[part].annotation)
+    field = None if model is None else model.model_fields.get(path[-1])
+    return field is not None and not field.is_required() and field.default is None
 
 
 def _override_path(override: str) -> tuple[str, ...]:

@@ -47,6 +47,8 @@ def print_groups(runs: SideBySide) -> None:
     header = [_words(name, runs.metric) for name in rows[0]]
     values = [[_shown(value) if name in runs.keys else value for name, value in row.items()] for row in rows]
     print_table(values, header)
+    for line in runs.privacy:
+        print(f"privacy: {line}")
 
 
 def save_plot(runs: SideBySide, path: Path, title: str) -> None:

@@ -168,6 +168,12 @@ def headline(value: Mapping[str, Any]) -> str:
     return f"NOT PRIVATE, a seeded rehearsal of {words}" if seeded else words
 
 
+def kind(value: Mapping[str, Any]) -> str:
+    """What a statement's epsilon is about, without the number: for a table that has many."""
+    mark = "" if value["private"] else "; NOT PRIVATE: seeded rehearsals of it"
+    return f"epsilon at delta {value['delta']:g}, unit {value['unit']} (neighbours: {value['neighbours']}){mark}"
+
+
 def lines(value: Mapping[str, Any]) -> Iterator[str]:
     """A whole statement for people: its headline, and what stands behind it.
 

@@ -80,7 +80,9 @@ def side_by_side(runs: SideBySide, path: Path | None, title: str) -> Any:
             low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     if axes.lines:
-        axes.legend(fontsize=8, frameon=False, title=", ".join(runs.keys) or None, title_fontsize=8)
+        axes.legend(
+            fontsize=8, frameon=False, title="\n".join([", ".join(runs.keys), *runs.privacy]) or None, title_fontsize=8
+        )
     axes.set_xlabel(name if along == "round" else f"virtual time, {name}")
     axes.set_ylabel(runs.metric.upper() if len(runs.metric) <= 3 else runs.metric)
     axes.set_title(title, loc="left")

@@ -23,6 +23,11 @@ VIRTUAL: Final = "virtual_seconds"
 TIME: Final = "virtual_time_s"
 """When a round would have ended: the sum of those seconds so far."""
 SEED: Final = "seed"
+PRIVACY: Final = "privacy."
+"""What the keys of a privacy plan begin with."""
+COSTS: Final = ("privacy.epsilon", "privacy.noise_multiplier")
+"""One of them says what a plan costs."""
+NONE: Final = "none"
 CELLS: Final = "cells"
 """The folder of a sweep's run folders, within its own."""
 
@@ -36,12 +41,14 @@ class Run:
         study: what was run.
         rows: its history.
         metric: the primary metric's name.
+        privacy: what it has cost, as `fedlearn.privacy.statement.statement` says it; None where its study asks for no privacy.
     """
 
     name: str
     study: Study
     rows: Sequence[Mapping[str, Any]] = field(repr=False)
     metric: str
+    privacy: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.has_virtual_time:
@@ -59,13 +66,13 @@ class Run:
         study = place.study()
         try:
             rows = json.loads((folder / HISTORY_JSON).read_bytes())
-            metric = json.loads((folder / MANIFEST).read_bytes()).get("metric")
+            facts = json.loads((folder / MANIFEST).read_bytes())
         except (OSError, ValueError) as error:
             raise StateError(
                 f"run folder {folder}: its history cannot be read: {error}",
                 hint="expected a folder that `fedlearn simulate --out` wrote",
             ) from None
-        return cls(folder.name, study, rows, metric or _metric_of(study))
+        return cls(folder.name, study, rows, facts.get("metric") or _metric_of(study), facts.get("privacy"))
 
     def values(self, column: str) -> list[float]:
         """A column's numbers, without the rounds that have none."""
@@ -157,10 +164,10 @@ class SideBySide:
         keys = [
             key for key in dict.fromkeys(k for one in flat for k in one) if key not in {SEED, "name", "description"}
         ]
-        differing = [key for key in keys if len({json.dumps(one.get(key)) for one in flat}) > 1]
+        differing = _differing(keys, flat)
         groups: dict[str, tuple[dict[str, Any], list[Run]]] = {}
         for run, one in zip(runs, flat, strict=True):
-            values = {key: one.get(key) for key in differing}
+            values = {key: one.get(key, NONE if key.startswith(PRIVACY) else None) for key in differing}
             groups.setdefault(json.dumps(values), (values, []))[1].append(run)
         return cls([Group(values, members) for values, members in groups.values()], metrics[0])
 
@@ -168,6 +175,14 @@ class SideBySide:
     def keys(self) -> tuple[str, ...]:
         """What the groups differ in."""
         return tuple(self.groups[0].values) if self.groups else ()
+
+    @property
+    def privacy(self) -> Sequence[str]:
+        """What the epsilons of these runs are about, one line for each kind; empty without any."""
+        from fedlearn.privacy.statement import kind
+
+        runs = (run for group in self.groups for run in group.runs)
+        return tuple(dict.fromkeys(kind(run.privacy) for run in runs if run.privacy is not None))
 
     @property
     def along(self) -> str:
@@ -201,6 +216,19 @@ class SideBySide:
 def run_folders(folder: Path) -> list[Path]:
     """The run folders that a sweep's folder holds, of studies that have results; else the folder itself."""
     return sorted(path.parent for path in folder.glob(f"{CELLS}/*/{HISTORY_JSON}")) or [folder]
+
+
+def _differing(keys: Sequence[str], flat: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that have more than one value. A study without privacy has none for the keys of its plan, but for how much it may cost."""
+    private = [one for one in flat if PRIVACY.rstrip(".") not in one]
+    found = []
+    for key in keys:
+        among = private if key.startswith(PRIVACY) else flat
+        if key != PRIVACY.rstrip(".") and len({json.dumps(one.get(key)) for one in among}) > 1:
+            found.append(key)
+    if 0 < len(private) < len(flat) and not any(key in found for key in COSTS):
+        found.append(next(key for key in COSTS if private[0].get(key) is not None))
+    return found
 
 
 def _metric_of(study: Study) -> str:

@@ -191,6 +191,33 @@ def test_overrides(override, read):
     assert read(parse_study(LEAST).with_overrides((override,)))
 
 
+PLAN = ("privacy.unit=record", "privacy.delta=1e-5", "privacy.epsilon=3")
+
+
+@pytest.mark.parametrize("overrides", [("privacy=none",), ("privacy.epsilon=none",)])
+def test_none_takes_privacy_away(overrides):
+    assert parse_study(LEAST, PLAN).with_overrides(overrides) == parse_study(LEAST)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_none_for_one_budget_leaves_room_for_the_other(order):
+    instead = ("privacy.epsilon=none", "privacy.noise_multiplier=1.5")[::order]
+    table = parse_study(LEAST, PLAN).with_overrides(instead).privacy
+    assert table is not None
+    assert (table.epsilon, table.noise_multiplier) == (None, 1.5)
+
+
+def test_none_is_for_what_may_be_absent_and_a_word_elsewhere():
+    assert parse_study(LEAST, ("cohort.size=3",)).with_overrides(("cohort.size=none",)).cohort.size is None
+    assert parse_study(LEAST, ("description=none",)).description == "none"
+    assert parse_study(LEAST, ("task.options.kind=none",)).task.options == {"kind": "none"}
+    assert "rounds" in refusal(LEAST, "rounds=none").message
+
+
+def test_a_table_that_is_not_there_can_be_filled_in():
+    assert parse_study(LEAST).with_overrides(PLAN) == parse_study(LEAST, PLAN)
+
+
 def test_the_last_override_wins():
     assert parse_study(LEAST, ("rounds=7", "rounds=8")).rounds == 8
 

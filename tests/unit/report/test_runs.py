@@ -11,6 +11,7 @@ import pytest
 import fedlearn
 from fedlearn.cli import main
 from fedlearn.errors import DataError, StateError
+from fedlearn.privacy.statement import planned
 from fedlearn.report.runs import Run, SideBySide
 from tests.support.tiny_task import tiny_study
 
@@ -75,3 +76,23 @@ def test_compare_reads_run_folders(tmp_path, capsys):
     (tmp_path / "fedavg" / "history.json").unlink()
     with pytest.raises(StateError, match="history cannot be read"):
         Run.read(tmp_path / "fedavg")
+
+
+def test_runs_with_and_without_privacy_differ_in_what_it_may_cost():
+    plan = ("privacy.unit=record", "privacy.delta=1e-3")
+    studies = [(*plan, "privacy.noise_multiplier=1.0"), (*plan, "privacy.noise_multiplier=2.0"), ()]
+    found = []
+    for over in studies:
+        study = tiny_study(*over)
+        said = planned(study, rehearsal=True)
+        found.append(
+            Run("run", study, [{"round": 1, "accuracy": 0.5, "train_loss": None, "seconds": 1.0}], "accuracy", said)
+        )
+    both = SideBySide.of(found)
+    assert both.keys == ("privacy.noise_multiplier",)
+    assert [group.values["privacy.noise_multiplier"] for group in both.groups] == [1.0, 2.0, "none"]
+    (line,) = both.privacy
+    assert all(part in line for part in ("delta 0.001", "unit record", "NOT PRIVATE"))
+    one_plan = SideBySide.of([found[0], found[2]])
+    assert one_plan.keys == ("privacy.noise_multiplier",), "a reader sees which run is the private one"
+    assert SideBySide.of([found[2]]).privacy == ()
