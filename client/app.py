@@ -17,7 +17,7 @@ from fedlearn.learning import messages
 from fedlearn.learning.memory import ClientMemory
 from fedlearn.learning.postprocess import apply_on_client, chain_of
 from fedlearn.study import Study, study_from_json
-from fedlearn.tasks import load_task
+from fedlearn.tasks import task_of
 
 if TYPE_CHECKING:
     import torch
@@ -91,11 +91,19 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Metrics of the model on this client's test rows."""
+    """Metrics of the model on this client's test rows; under a privacy plan noisy sums, or nothing."""
     from fedlearn.learning import local
+    from fedlearn.privacy.evaluation import check_may_score, is_charged
 
     request = messages.decode_request(message.content)
     site = _site(request.study, context)
+    check_may_score(site.study)
+    if is_charged(site.study):
+        at = (request.round, site.client)
+        cells = local.evaluate_noisily(
+            site.task, site.model, site.study, site.data.test, request.model, at, rehearsal=False
+        )
+        return Message(messages.encode_scores({}, 0, cells), reply_to=message)
     state = _read_memory(context.state).peek(request.base) if site.strategy.stateful else {}
     weights = local.client_weights(site.strategy, request.model, request.shared, state)
     metrics = local.evaluate(
@@ -123,7 +131,7 @@ def _site(study_json: str, context: Context) -> Site:
 @lru_cache(maxsize=2)
 def _warm_site(study_json: str, client_id: str, partition_id: str, data: str, device: str, threads: int) -> Site:
     study = study_from_json(study_json)
-    task = load_task(study.task.name, study.task.options)
+    task = task_of(study)
     if not client_id:
         clients = sorted(build_population(study, task).client_ids)
         if not partition_id.isdigit() or int(partition_id) >= len(clients):

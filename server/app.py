@@ -20,7 +20,7 @@ from fedlearn.report.folder import RunFolder
 from fedlearn.report.history import History
 from fedlearn.simulation.run import manifest
 from fedlearn.study import load_study, parse_study
-from fedlearn.tasks import load_task
+from fedlearn.tasks import task_of
 from server.rounds import GridBackend
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def main(grid: Grid, context: Context) -> None:
         log.warning("study %s: its [environment] is for simulations and is ignored; these clients are real", study.name)
     run = runtime.run_id if runtime is not None else f"flower-{context.run_id}"
     torch.set_num_threads(study.runtime.threads)
-    task = load_task(study.task.name, study.task.options)
+    task = task_of(study)
     own = app_of(__file__)
     backend = GridBackend(
         grid,

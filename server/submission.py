@@ -46,10 +46,10 @@ def read_submission(app: App, text: str, overrides: Sequence[str]) -> Submission
     if not app.native:
         return Submission(app.root.name[:NAME_LIMIT], 0, _run_config(app, text, overrides))
     from fedlearn.learning.combine import check_combination
-    from fedlearn.tasks import load_task
+    from fedlearn.tasks import task_of
 
     study = parse_study(text, tuple(overrides))
-    load_task(study.task.name, study.task.options)
+    task_of(study)
     check_combination(study, app.strategy(study.strategy.name, study.strategy.options))
     return Submission(study.name, study.rounds)
 

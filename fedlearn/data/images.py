@@ -25,16 +25,18 @@ NPZ_SCHEMA: Final = (
     "train_labels: integer, (n,) or (n, 1), classes from 0",
     "val_images, val_labels, test_images, test_labels (optional): the same",
     "train_clients, val_clients, test_clients (optional): text, (n,), whose row it is",
+    "train_GROUP, val_GROUP, test_GROUP (for [privacy] group = GROUP): text or integers, (n,), such as the patient of each image",
 )
 
 
-def read_npz(path: Path, channels: int, classes: int) -> Examples:
+def read_npz(path: Path, channels: int, classes: int, group: str = "") -> Examples:
     """All images of a MedMNIST-layout file; nothing is unpickled.
 
     Args:
         path: the file.
         channels: expected channels of an image.
         classes: labels must be 0 to classes - 1.
+        group: the arrays `SPLIT_group` give the groups; empty for none.
 
     Returns:
         x uint8 (n, channels, height, width), y int64 (n,).
@@ -57,21 +59,27 @@ def read_npz(path: Path, channels: int, classes: int) -> Examples:
     splits = [split for split in SPLITS if f"{split}_images" in arrays]
     if not splits:
         raise DataError(f"{path}: no array 'train_images'; got {', '.join(sorted(arrays)) or 'nothing of that layout'}")
-    parts = [_one_split(path, arrays, split, channels, classes) for split in splits]
+    parts = [_one_split(path, arrays, split, channels, classes, group) for split in splits]
     sizes = {part.x.shape[1:] for part in parts}
     if len(sizes) > 1:
         raise DataError(f"{path}: got images of shapes {sorted(sizes)} in its splits, expected one shape")
     clients = [part.client for part in parts if part.client is not None]
     if clients and len(clients) < len(parts):
         raise DataError(f"{path}: some splits name clients and some do not; expected all or none")
+    groups = [part.groups for part in parts if part.groups is not None]
+    if groups and len(groups) < len(parts):
+        raise DataError(f"{path}: some splits have an array {group!r} and some do not; expected all or none")
     return Examples(
         np.concatenate([part.x for part in parts]),
         np.concatenate([part.y for part in parts]),
         client_ids(np.concatenate(clients)) if clients else None,
+        np.concatenate(groups) if groups else None,
     )
 
 
-def _one_split(path: Path, arrays: dict[str, npt.NDArray[Any]], split: str, channels: int, classes: int) -> Examples:
+def _one_split(
+    path: Path, arrays: dict[str, npt.NDArray[Any]], split: str, channels: int, classes: int, group: str
+) -> Examples:
     images, name = arrays[f"{split}_images"], f"{split}_labels"
     if name not in arrays:
         raise DataError(f"{path}: array {split}_images has no array {name} beside it")
@@ -98,7 +106,13 @@ def _one_split(path: Path, arrays: dict[str, npt.NDArray[Any]], split: str, chan
         raise DataError(
             f"{path}: array {split}_clients: got {clients.dtype}{list(clients.shape)}, expected text of shape [{len(images)}]"
         )
-    return Examples(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64), clients)
+    groups = arrays.get(f"{split}_{group}") if group else None
+    if groups is not None and (groups.shape != labels.shape or groups.dtype.kind not in "Uiu"):
+        raise DataError(
+            f"{path}: array {split}_{group}: got {groups.dtype}{list(groups.shape)}, expected text or integers of shape [{len(images)}]"
+        )
+    owners = None if groups is None else groups.astype(np.str_)
+    return Examples(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64), clients, owners)
 
 
 def _check_labels(where: str, labels: npt.NDArray[Any], classes: int) -> None:

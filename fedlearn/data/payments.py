@@ -13,6 +13,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 WINDOWS_DAYS: Final = (1, 7, 30)
+_UNITS: Final = 1_000
+"""Amounts are added up in thousandths."""
 LABEL_DELAY_DAYS: Final = 7
 """A fraud is known a week after it happened: the risk of a terminal is measured up to then."""
 
@@ -38,22 +40,23 @@ def payment_features(seen: Transactions, frauds: npt.NDArray[np.bool_]) -> npt.N
     Returns:
         float32 (n, len(FEATURE_NAMES)).
     """
+    cents = np.rint(seen.amount * _UNITS).astype(np.int64)
     hour_s, day = seen.time_s % DAY_S, seen.time_s // DAY_S
     columns: list[Floats] = [
         np.log1p(seen.amount) - 4,
         (hour_s < 6 * 3600).astype(np.float64),
         (day % 7 >= 5).astype(np.float64),
     ]
-    ones = np.ones(len(seen))
+    ones = np.ones(len(seen), dtype=np.int64)
     habits: list[Floats] = []
-    mean_amount = ones
+    mean_amount = np.ones(len(seen))
     for days in WINDOWS_DAYS:
-        count, total = _trailing(seen.customer, seen.time_s, (ones, seen.amount), days * DAY_S, 0)
-        mean_amount = total / np.maximum(count, 1)
+        count, total = _trailing(seen.customer, seen.time_s, (ones, cents), days * DAY_S, 0)
+        mean_amount = total / (np.maximum(count, 1) * _UNITS)
         habits += [np.log1p(count) - 1, np.log1p(mean_amount) - 3]
     for days in WINDOWS_DAYS:
         count, bad = _trailing(
-            seen.terminal, seen.time_s, (ones, frauds.astype(np.float64)), days * DAY_S, LABEL_DELAY_DAYS * DAY_S
+            seen.terminal, seen.time_s, (ones, frauds.astype(np.int64)), days * DAY_S, LABEL_DELAY_DAYS * DAY_S
         )
         habits += [np.log1p(count) - 1, 3 * bad / np.maximum(count, 1)]
     columns += habits
@@ -61,10 +64,11 @@ def payment_features(seen: Transactions, frauds: npt.NDArray[np.bool_]) -> npt.N
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def _trailing(group: Ints, time_s: Ints, values: tuple[Floats, ...], window_s: int, delay_s: int) -> tuple[Floats, ...]:
+def _trailing(group: Ints, time_s: Ints, values: tuple[Ints, ...], window_s: int, delay_s: int) -> tuple[Ints, ...]:
     """Sums over the rows of the same group in [time - delay - window, time - delay), for each row and each value.
 
-    One sort and two searches over (group, time) as one number; no loop over groups.
+    One sort and two searches over (group, time) as one number; no loop over groups. In integers, so that a sum is to the bit what it
+    would be without the other groups: the running total may wrap around, its differences do not.
     """
     span = int(time_s.max(initial=0)) + window_s + delay_s + 1
     key = group * (2 * span) + time_s + span
@@ -74,6 +78,6 @@ def _trailing(group: Ints, time_s: Ints, values: tuple[Floats, ...], window_s: i
     end = np.searchsorted(sorted_key, key - delay_s, side="left")
     sums = []
     for value in values:
-        running = np.concatenate(([0.0], np.cumsum(value[order])))
+        running = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(value[order])))
         sums.append(running[end] - running[start])
     return tuple(sums)

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedlearn import seeds
 from fedlearn.data.bootstrap import BootstrapRows
 from fedlearn.data.partition import make_partition
+from fedlearn.data.tables import MISSING
 from fedlearn.errors import DataError
 from fedlearn.learning.task import Population, Task
+from fedlearn.privacy.study import protects_rows, task_for
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    import numpy.typing as npt
+
+    from fedlearn.learning.rows import IntArray
+    from fedlearn.learning.task import Examples
     from fedlearn.study import Study
 
 
 def build_population(study: Study, task: Task, source: Path | None = None) -> Population:
     """All clients of a study, from one file or from the data that ships with the task.
 
+    Under a privacy plan for records or groups, rows are read, split and prepared so that one unit changes nothing of the others. A partition that deals
+    rows to made-up clients (iid, dirichlet ...) does look at all rows; that is no breach. It plays the part of the world, which
+    decides whose a row is before any site holds it, and exists in simulations alone: a real site's rows are those in its own file. A plan's
+    claim is for each site, given what it holds.
+
     Raises:
-        DataError: the data cannot be read, or cannot be split as the study asks.
+        DataError: the data cannot be read, or cannot be split as the study asks; or a row does not say whose it is, and groups are protected.
+        UnsupportedError: the task cannot protect what the plan protects.
     """
-    examples = task.load(source)
+    task, examples = _read(study, task, source)
     split = study.data
     rows = make_partition(examples, split.partition, split.clients, study.seed, split.options)
+    population = _population(study, task, examples, rows)
     if isinstance(rows, BootstrapRows) and split.folds > 1:
-        halves = task.split(examples, seeds.derive(study.seed, "split", "pool"), split.folds, split.fold)
-        rows = rows.set_aside(*halves, split.folds)
-    return Population(task, examples, rows, study.seed, split.folds, split.fold)
+        rows = rows.set_aside(*population.split(examples, "pool"), split.folds)
+        population = replace(population, rows=rows)
+    return population
 
 
 def site_population(study: Study, task: Task, client_id: str, source: Path | None) -> Population:
@@ -41,7 +55,8 @@ def site_population(study: Study, task: Task, client_id: str, source: Path | Non
     is used: a rehearsal.
 
     Raises:
-        DataError: the file is missing, does not fit the schema, or holds no row of this client.
+        DataError: the file is missing, does not fit the schema, or holds no row of this client; or as in `build_population`.
+        UnsupportedError: likewise.
     """
     if source is None:
         whole = build_population(study, task)
@@ -51,7 +66,7 @@ def site_population(study: Study, task: Task, client_id: str, source: Path | Non
                 hint=f"clients are {', '.join(whole.client_ids[:8])}" + (" ..." if len(whole.rows) > 8 else ""),
             )
         return whole.only(client_id)
-    examples = task.load(source)
+    task, examples = _read(study, task, source)
     rows = np.arange(len(examples), dtype=np.int64)
     if examples.client is not None:
         rows = np.flatnonzero(examples.client == client_id).astype(np.int64)
@@ -63,4 +78,44 @@ def site_population(study: Study, task: Task, client_id: str, source: Path | Non
             )
     if not len(rows):
         raise DataError(f"{source}: no rows; expected at least one example")
-    return Population(task, examples, {client_id: rows}, study.seed, study.data.folds, study.data.fold)
+    return _population(study, task, examples, {client_id: rows})
+
+
+def _read(study: Study, task: Task, source: Path | None) -> tuple[Task, Examples]:
+    """The task as the study's plan needs it, and what it reads."""
+    task = task_for(study, task)
+    examples = task.load(source)
+    if study.privacy is not None and study.privacy.group:
+        check_groups(examples.groups, len(examples), study.privacy.group, source)
+    return task, examples
+
+
+def _population(study: Study, task: Task, examples: Examples, rows: Mapping[str, IntArray]) -> Population:
+    split = study.data
+    return Population(task, examples, rows, study.seed, split.folds, split.fold, by_unit=protects_rows(study))
+
+
+def check_groups(groups: npt.NDArray[np.str_] | None, rows: int, name: str, source: Path | None) -> None:
+    """Refuse data of which some row does not say whose it is.
+
+    Args:
+        groups: of each row, or None where the data names none.
+        rows: how many there are.
+        name: of the column or array, for the message.
+        source: where it was read, likewise.
+
+    Raises:
+        DataError: there are no groups, or a row has none.
+    """
+    where = source or "the data"
+    if groups is None:
+        raise DataError(
+            f"{where}: no group column {name!r}, which [privacy] names",
+            hint="every row must say whose it is; name the column or array that does in privacy.group",
+        )
+    missing = [row for row in range(rows) if str(groups[row]).strip().lower() in MISSING]
+    if missing:
+        raise DataError(
+            f"{where}: group column {name!r}: {len(missing)} of {rows} rows have no id, the first is row {missing[0] + 1}",
+            hint="a row without an owner cannot be protected: fill it in, or leave the row out",
+        )

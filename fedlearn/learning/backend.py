@@ -86,11 +86,13 @@ class Scored:
         client: its id.
         metrics: by name; NaN where a metric is undefined on this client's test rows.
         examples: its test rows.
+        cells: noisy sums in place of both, under a privacy plan; see `fedlearn.privacy.evaluation`.
     """
 
     client: str
     metrics: Mapping[str, float]
     examples: int
+    cells: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from fedlearn.learning.postprocess import apply_on_server, chain_of
 from fedlearn.learning.strategy import ServerState, Strategy
 from fedlearn.learning.update import DELTA, Aggregate, Update
 from fedlearn.privacy.statement import Statements
+from fedlearn.privacy.evaluation import Reader
 from fedlearn.privacy.study import with_clip, without_clip
 from fedlearn.release.checksum import checksum_of
 from fedlearn.release.coordinator import RoundMachine
@@ -110,6 +111,7 @@ class Federation:
         self._central = _central_plan(study, journal, run, rehearsal=rehearsal)
         # Under a plan a metric of a site leaves it through a charged mechanism or not at all; a rehearsal has no site.
         self._may_score = study.privacy is None or rehearsal or study.privacy.evaluation_noise is not None
+        self._reader = Reader.of(study)
         self._study, self._run, self._strategy, self._backend = study, run, strategy, backend
         self._journal, self._metric, self._emit, self._should_stop = journal, metric, emit, should_stop
         self._clock = clock if clock is not None else SystemClock()
@@ -333,10 +335,11 @@ class Federation:
         scored = sorted(
             (reply for reply in self._backend.evaluate(work) if isinstance(reply, Scored)), key=lambda s: s.client
         )
+        scored, means = self._reader.read(scored) if self._reader is not None else (scored, mean_metrics(scored))
         event = events.Evaluated(
             self._run,
             number,
-            mean_metrics(scored),
+            means,
             {s.client: dict(s.metrics) | {"examples": s.examples} for s in scored},
         )
         self._journal.write({self._place("evaluated", number): _row(event)})

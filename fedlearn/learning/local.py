@@ -276,6 +276,25 @@ def evaluate(
     return {**task.metrics(outputs, data.y), "loss": float(losses.mean())}
 
 
+def evaluate_noisily(
+    task: Task,
+    model: torch.nn.Module,
+    study: Study,
+    data: Batch,
+    global_model: Arrays,
+    at: tuple[int, str],
+    *,
+    rehearsal: bool,
+) -> tuple[float, ...]:
+    """Noisy sums of how the global model does on a client's test rows: `fedlearn.privacy.evaluation.noisy_sums`."""
+    from fedlearn.privacy.evaluation import noisy_sums
+
+    outputs = None
+    if len(data):
+        outputs, _ = predict(task, model, study.train, data, global_model, study.evaluate.batch_size)
+    return noisy_sums(study, task.scoring(), outputs, data, at, rehearsal=rehearsal)
+
+
 def predict(
     task: Task,
     model: torch.nn.Module,

@@ -19,14 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlearn import seeds
-from fedlearn.errors import DataError
+from fedlearn.errors import DataError, UnsupportedError
 from fedlearn.learning.cache import ByteCache
+from fedlearn.learning.folds import stratified_fold, unit_fold
 from fedlearn.learning.rows import ClientRows, IntArray, gather, in_order, sizes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+
+    from fedlearn.privacy.scoring import Scoring
 
 R = TypeVar("R")
 
@@ -44,26 +47,29 @@ class Examples:
         x: features, shape (n, ...); may hold NaN where a value is missing.
         y: labels, shape (n, ...).
         client: the natural client of each row (hospital, bank, user), shape (n,), or None where the data names none.
+        groups: whose each row is (a patient, an account), text, shape (n,), empty where a row does not say; None where nobody asked, or the
+            data does not say.
     """
 
     x: npt.NDArray[Any]
     y: npt.NDArray[Any]
     client: npt.NDArray[np.str_] | None = None
+    groups: npt.NDArray[np.str_] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.x) != len(self.y) or (self.client is not None and len(self.client) != len(self.x)):
-            raise DataError(
-                f"examples: {len(self.x)} feature rows, {len(self.y)} labels"
-                + ("" if self.client is None else f", {len(self.client)} client ids")
-                + "; expected equal counts"
-            )
+        ids = {"client ids": self.client, "group ids": self.groups}
+        counts = {"labels": len(self.y)} | {name: len(one) for name, one in ids.items() if one is not None}
+        if set(counts.values()) != {len(self.x)}:
+            got = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise DataError(f"examples: {len(self.x)} feature rows, {got}; expected equal counts")
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, rows: IntArray) -> Examples:
         """The named rows, in that order."""
-        return Examples(self.x[rows], self.y[rows], None if self.client is None else self.client[rows])
+        client, groups = (None if ids is None else ids[rows] for ids in (self.client, self.groups))
+        return Examples(self.x[rows], self.y[rows], client, groups)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def between(self, start: int, end: int) -> Batch:
+        """The rows from `start` up to, not including, `end`; views."""
+        groups = None if self.groups is None else self.groups[start:end]
+        return Batch(self.x[start:end], self.y[start:end], groups)
 
 
 @dataclass(frozen=True)
@@ -131,8 +142,8 @@ class Task(ABC):
     name: ClassVar[str]
     card: ClassVar[TaskCard]
     prepares_rows: ClassVar[bool] = True
-    """Whether `prepare` treats each row by itself, so that many clients may be prepared in one call. It is a promise of the class that
-    defines `prepare`, and is not inherited by one that defines its own."""
+    """Whether `prepare` treats each row by itself, so that many clients may be prepared in one call, and a row may be protected by itself
+    (`for_units`). It is a promise of the class that defines `prepare`, and is not inherited by one that defines its own."""
     keeps_rows: ClassVar[bool] = True
     """Whether `load` gives a file's rows in their order, so that each can be scored by itself."""
 
@@ -187,6 +198,41 @@ class Task(ABC):
         """Raw rows to what the model is fed. Anything learnt from data is learnt from `train` alone."""
         return ClientData(Batch(train.x, train.y), Batch(test.x, test.y))
 
+    def for_units(self, group: str = "") -> Task:
+        """The task as a privacy plan for records or groups needs it: what a row is made into depends on nobody else's row.
+
+        The plan's proof bounds what one unit changes by its own clipped gradients; were a median or a history of the others changed too,
+        the bound would not hold. So the task that is returned reads (`load`) and prepares every row from that row, its own group's
+        rows and public constants alone. That it is cut into training and test rows in the same way is `Population`'s to see to.
+
+        A task whose `prepare` keeps its promise of `prepares_rows` is fit for records as it is, if its `load` makes no row of several.
+
+        Args:
+            group: of a group-level plan: what names each row's group (a column, an array), which `load` then gives in
+                `Examples.groups`. Empty for records.
+
+        Raises:
+            UnsupportedError: the task cannot; the message says why, the hint what to do.
+            StudyError: it lacks an option for it.
+        """
+        if group:
+            raise UnsupportedError(
+                f"task {self.name!r}: its data does not say whose each row is, so there are no groups to protect",
+                hint='take [privacy] unit = "record", or a task that reads groups (tabular/csv, image/npz, bank/fraud, device/keyboard)',
+            )
+        if not prepares_apart(self):
+            raise UnsupportedError(
+                f"task {self.name!r}: its prepare learns from several rows, so that one row more would change the others",
+                hint="prepare with public constants and declare prepares_rows = True, or override Task.for_units",
+            )
+        return self
+
+    def scoring(self) -> Scoring:
+        """How one example counts in an evaluation under [privacy]: right or wrong by the model's largest output, unless a task knows better."""
+        from fedlearn.privacy.scoring import ShareRight
+
+        return ShareRight()
+
     @property
     def label_names(self) -> tuple[str, ...]:
         """Names of the classes in the order of their ids; empty where labels are no classes, or have no better names."""
@@ -207,48 +253,15 @@ class Task(ABC):
         return {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
 
 
-def stratified_fold(y: npt.NDArray[Any], seed: int, folds: int, fold: int) -> tuple[IntArray, IntArray]:
-    """Rows in and out of one of k folds, each label spread as evenly as its count allows.
-
-    Rows keep their order. Labels of more than one dimension are not stratified.
-
-    Returns:
-        Training rows and test rows, int64, ascending, disjoint, together all rows.
-    """
-    if folds < 1 or not 0 <= fold < folds:
-        raise DataError(f"fold: got {fold} of {folds}, expected 0 <= fold < folds and folds >= 1")
-    n = len(y)
-    rows = np.arange(n, dtype=np.int64)
-    if folds == 1:
-        return rows, rows[:0]
-    labels = y if y.ndim == 1 else np.zeros(n, dtype=np.int64)
-    order = seeds.numpy_generator(seed, "fold").permutation(n)
-    by_label = order[np.argsort(labels[order], kind="stable")]
-    in_test = np.zeros(n, dtype=bool)
-    in_test[by_label[fold::folds]] = True
-    return rows[~in_test], rows[in_test]
-
-
-def time_ordered_fold(n: int, folds: int, fold: int) -> tuple[IntArray, IntArray]:
-    """The past trains, the future tests: for rows in the order of time.
-
-    Fold 0 tests on the last 1/k of the rows; fold f on the block f places earlier. What comes after a test block is not used, so
-    the last fold, whose test block is the first, has nothing to train on and is refused.
-
-    Returns:
-        Training rows and test rows, int64, ascending; every training row is before every test row.
-    """
-    if folds < 1 or not 0 <= fold < max(folds - 1, 1):
-        raise DataError(f"fold: got {fold} of {folds}, expected 0 <= fold < folds - 1 for a split by time")
-    rows = np.arange(n, dtype=np.int64)
-    if folds == 1:
-        return rows, rows[:0]
-    start, end = n * (folds - 1 - fold) // folds, n * (folds - fold) // folds
-    return rows[:start], rows[start:end]
+def prepares_apart(task: Task) -> bool:
+    """Whether the class that defines the task's `prepare` promises that each row is treated by itself."""
+    owner = next(one for one in type(task).__mro__ if "prepare" in vars(one))
+    return bool(vars(owner).get("prepares_rows", False))
 
 
 def _size_bytes(data: ClientData) -> int:
-    return _ENTRY_BYTES + sum(array.nbytes for part in (data.train, data.test) for array in (part.x, part.y))
+    arrays = (array for part in (data.train, data.test) for array in (part.x, part.y, part.groups))
+    return _ENTRY_BYTES + sum(array.nbytes for array in arrays if array is not None)
 
 
 @dataclass(frozen=True)
@@ -264,6 +277,7 @@ class Population:
         seed: the seed of the split into training and test rows.
         folds: see `Task.split`.
         fold: see `Task.split`.
+        by_unit: rows, or groups, are split by `unit_fold`: there is a privacy plan for them.
     """
 
     task: Task
@@ -272,6 +286,7 @@ class Population:
     seed: int
     folds: int = 5
     fold: int = 0
+    by_unit: bool = False
     _cache: ByteCache[ClientData] = field(
         default_factory=lambda: ByteCache(CACHE_BYTES, _size_bytes), init=False, repr=False, compare=False
     )
@@ -291,10 +306,10 @@ class Population:
         if not self._in_one or not clients:
             return [self.client(client).train for client in clients]
         rows, counts = self._known(gather, clients)
-        train = self.task.prepare(self.examples.take(rows), self.examples.take(rows[:0])).train
+        train = self._prepared(rows, rows[:0]).train
         ends = np.cumsum(counts).tolist()
         starts = [0, *ends[:-1]]
-        return [Batch(train.x[start:end], train.y[start:end]) for start, end in zip(starts, ends, strict=True)]
+        return [train.between(start, end) for start, end in zip(starts, ends, strict=True)]
 
     def train_sizes(self, clients: Sequence[str]) -> IntArray:
         """How many training examples each client has; they are prepared, and kept, only where clients split their own rows."""
@@ -313,23 +328,37 @@ class Population:
     @cached_property
     def _in_one(self) -> bool:
         """Whether clients can be prepared in one call: no split of their own, and rows that are treated one by one."""
-        kind = type(self.task)
-        owner = next(one for one in kind.__mro__ if "prepare" in vars(one))
-        one_by_one = bool(vars(owner).get("prepares_rows", False))
         held_out = isinstance(self.rows, ClientRows) and self.rows.holds_out
         # A subclass that gives clients other data gives blocks of them that data too.
         own_data = type(self).client is not Population.client
-        return one_by_one and not own_data and (held_out or (self.folds == 1 and kind.split is Task.split))
+        whole = self.folds == 1 and (self.by_unit or type(self.task).split is Task.split)
+        return prepares_apart(self.task) and not own_data and (held_out or whole)
 
     def _prepare(self, client_id: str) -> ClientData:
         self._check(client_id)
-        take = self.examples.take
         if isinstance(self.rows, ClientRows) and self.rows.holds_out:
-            train, test = self.rows.halves(client_id)
-            return self.task.prepare(take(train), take(test))
-        mine = take(self.rows[client_id])
-        train, test = self.task.split(mine, seeds.derive(self.seed, "split", client_id), self.folds, self.fold)
-        return self.task.prepare(mine.take(train), mine.take(test))
+            return self._prepared(*self.rows.halves(client_id))
+        mine = self.rows[client_id]
+        train, test = self.split(self.examples.take(mine), client_id)
+        return self._prepared(mine[train], mine[test])
+
+    def split(self, examples: Examples, whose: str) -> tuple[IntArray, IntArray]:
+        """Training and test rows of one client, or of a pool that clients draw from.
+
+        Args:
+            examples: its rows.
+            whose: each client's split has a seed of its own. Not that of units: one who is at two sites is in the same half at both.
+        """
+        if self.by_unit:
+            return unit_fold(examples, seeds.derive(self.seed, "split", "units"), self.folds, self.fold)
+        return self.task.split(examples, seeds.derive(self.seed, "split", whose), self.folds, self.fold)
+
+    def _prepared(self, train: IntArray, test: IntArray) -> ClientData:
+        parts = [self.examples.take(rows) for rows in (train, test)]
+        data = self.task.prepare(*parts)
+        if self.examples.groups is None:
+            return data
+        return ClientData(*(_owned(batch, part) for batch, part in zip((data.train, data.test), parts, strict=True)))
 
     def _known(self, ask: Callable[[Mapping[str, IntArray], Sequence[str]], R], clients: Sequence[str]) -> R:
         try:
@@ -343,6 +372,15 @@ class Population:
 
     def _unknown(self, client: str) -> DataError:
         return DataError(f"client {client!r} is not in this population of {len(self.rows)} clients")
+
+
+def _owned(batch: Batch, examples: Examples) -> Batch:
+    """Prepared rows, with whose they are."""
+    if len(batch) != len(examples):
+        raise DataError(
+            f"prepare: got {len(examples)} rows and gave {len(batch)}, so it is not known whose each one is"
+        )
+    return replace(batch, groups=examples.groups)
 
 
 _GENERATOR = threading.Lock()

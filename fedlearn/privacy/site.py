@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fedlearn.errors import DataError
 from fedlearn.privacy.plan import Unit
-from fedlearn.privacy.study import chance_for, plan_of
+from fedlearn.privacy.study import chance_for, plan_of, protects_rows
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -54,14 +56,16 @@ def site_plan(study: Study, round_number: int, client: str, train: Batch, *, reh
     Raises:
         DataError: the client has as many units that delta promises nothing to them.
     """
-    if study.privacy is None or study.privacy.unit == "client":
+    if not protects_rows(study):
         return None
     plan = plan_of(study)
     assert plan is not None
-    if plan.delta * len(train) >= 1:
+    groups = train.groups if plan.unit is Unit.GROUP else None
+    units = len(train) if groups is None else len(np.unique(groups))
+    if plan.delta * units >= 1:
         raise DataError(
-            f"privacy: delta is {plan.delta:g}, this client's rows need less than 1 over their number",
+            f"privacy: delta is {plan.delta:g}, this client's {plan.unit.value}s need less than 1 over their number",
             hint="a smaller privacy.delta",
         )
     chance = chance_for(study, "dp-sgd", round_number, client, rehearsal=rehearsal)
-    return SitePlan(plan, chance, train.groups if plan.unit is Unit.GROUP else None)
+    return SitePlan(plan, chance, groups)

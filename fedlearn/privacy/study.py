@@ -25,6 +25,7 @@ from fedlearn.privacy.plan import (
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Array, Arrays
+    from fedlearn.learning.task import Task
     from fedlearn.privacy.ftrl import BufferedToeplitz
     from fedlearn.privacy.mechanisms import Chance
     from fedlearn.privacy.table import PrivacyTable
@@ -130,6 +131,22 @@ def _clipping(table: PrivacyTable) -> Clipping:
     if table.clipping == "fixed":
         return FixedClip(table.clip_l2)
     return AdaptiveClip(table.clip_l2, quantile=table.quantile, rate=table.clip_rate)
+
+
+def protects_rows(study: Study) -> bool:
+    """Whether each site protects its own records or groups: how data is read, split and trained on follows from it."""
+    return study.privacy is not None and study.privacy.unit != "client"
+
+
+def task_for(study: Study, task: Task) -> Task:
+    """The task as the study's plan needs it; see `Task.for_units`.
+
+    Raises:
+        UnsupportedError: the task cannot protect what the plan protects.
+    """
+    if study.privacy is None or not protects_rows(study):
+        return task
+    return task.for_units(study.privacy.group)
 
 
 def with_clip(shared: Arrays, clip_l2: float | None) -> dict[str, Array]:

@@ -14,7 +14,7 @@ import numpy as np
 from fedlearn import arrays
 from fedlearn.data.population import build_population
 from fedlearn.learning.task import Batch, ClientData, Population
-from fedlearn.tasks import load_task
+from fedlearn.tasks import task_of
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
@@ -116,7 +116,7 @@ def compare(study: Study, federated: bytes | None = None) -> Comparison:
     from fedlearn.simulation.run import simulate_population
 
     study = study.model_copy(update={"environment": None})  # no way is helped or hindered
-    task = load_task(study.task.name, study.task.options)
+    task = task_of(study)
     population = build_population(study, task)
     quiet = study.with_overrides(["evaluate.every=0"])
     alone = type(study).model_validate(quiet.model_dump() | {"cohort": {}})
@@ -145,7 +145,12 @@ def compare(study: Study, federated: bytes | None = None) -> Comparison:
 
 
 def _join(batches: list[Batch]) -> Batch:
-    return Batch(np.concatenate([b.x for b in batches]), np.concatenate([b.y for b in batches]))
+    groups = [b.groups for b in batches if b.groups is not None]
+    return Batch(
+        np.concatenate([b.x for b in batches]),
+        np.concatenate([b.y for b in batches]),
+        np.concatenate(groups) if groups else None,
+    )
 
 
 def _label_counts(task: Task, batch: Batch) -> dict[str, int]:

@@ -60,12 +60,12 @@ def open_model(folder: Path, app: Path | None = None) -> TrainedModel:
     from fedlearn import arrays
     from fedlearn.app import load_app
     from fedlearn.learning.local import get_weights, set_weights
-    from fedlearn.tasks import load_task
+    from fedlearn.tasks import task_of
 
     load_app(app)
     run = RunFolder(folder)
     study, weights = run.study(), run.weights()
-    task = load_task(study.task.name, study.task.options)
+    task = task_of(study)
     module = build_model(task, study.seed)
     if study.train.precision == "float64":
         module = module.double()

@@ -16,7 +16,7 @@ from fedlearn.simulation.backends import check_backend
 from fedlearn.simulation.profile import DATA
 from fedlearn.simulation.workspace import Recorded, Setting
 from fedlearn.study import Study, load_study
-from fedlearn.tasks import load_task
+from fedlearn.tasks import task_of
 
 if TYPE_CHECKING:
     from fedlearn.learning.strategy import Strategy
@@ -79,7 +79,7 @@ class Request:
         check_backend(setting.backend)
         check_combination(study, strategy)
         with span(DATA):
-            task = load_task(study.task.name, study.task.options)
+            task = task_of(study)
             population = build_population(study, task, None if setting.data is None else Path(setting.data))
         return Ready(study, population, strategy, setting)
 

@@ -11,6 +11,7 @@ from fedlearn.learning.memory import Memories, MemoriesInRam
 from fedlearn.learning.postprocess import apply_on_client, chain_of
 from fedlearn.learning.rows import in_order
 from fedlearn.learning.task import build_model
+from fedlearn.privacy.evaluation import is_charged
 from fedlearn.privacy.site import site_plan
 
 if TYPE_CHECKING:
@@ -94,6 +95,12 @@ class SequentialBackend:
     def score_one(self, work: Work, client: str, state: Arrays) -> Scored:
         """One client's scores; raises whatever its code raises."""
         data = self._population.client(client).test
+        if is_charged(self._study):
+            at = (work.round, client)
+            cells = local.evaluate_noisily(
+                self._population.task, self._model, self._study, data, work.model, at, rehearsal=True
+            )
+            return Scored(client, {}, 0, cells)
         metrics = local.evaluate(
             self._population.task,
             self._model,

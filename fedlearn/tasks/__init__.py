@@ -9,14 +9,17 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any, Final, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
 from fedlearn.errors import StudyError
 from fedlearn.learning.task import Task
 
-__all__ = ["load_task", "task_class", "task_names"]
+if TYPE_CHECKING:
+    from fedlearn.study import Study
+
+__all__ = ["load_task", "task_class", "task_names", "task_of"]
 
 _TASKS: Final[Mapping[str, str]] = {
     "bank/fraud": "fedlearn.tasks.fraud:FraudTask",
@@ -87,6 +90,18 @@ def load_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     given = {key: _frozen(value) for key, value in (options or {}).items()}
     _check_options(name, cls, given)
     return cls(**given)
+
+
+def task_of(study: Study) -> Task:
+    """A study's task, as the study's privacy plan needs it; see `Task.for_units`.
+
+    Raises:
+        StudyError: as `load_task`.
+        UnsupportedError: the task cannot protect what the plan protects.
+    """
+    from fedlearn.privacy.study import task_for
+
+    return task_for(study, load_task(study.task.name, study.task.options))
 
 
 def _frozen(value: Any) -> Any:

@@ -7,7 +7,7 @@ a leaked card looks like.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
@@ -19,9 +19,12 @@ from fedlearn.data.partition import client_ids
 from fedlearn.data.payments import FEATURE_NAMES, LABEL_DELAY_DAYS, payment_features
 from fedlearn.data.synthetic.fraud import DAY_S, FraudParameters, Transactions, fraud_synthetic
 from fedlearn.data.tables import read_table
+from fedlearn.errors import UnsupportedError
+from fedlearn.learning.folds import time_ordered_fold
 from fedlearn.learning.metrics import average_precision, roc_auc
 from fedlearn.learning.rows import IntArray
-from fedlearn.learning.task import Batch, ClientData, Examples, Task, TaskCard, time_ordered_fold
+from fedlearn.learning.task import Batch, ClientData, Examples, Task, TaskCard
+from fedlearn.privacy.scoring import BinaryScores
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +35,8 @@ PRIOR: Final = 0.01
 FOCUS: Final = 2.0
 """Focal loss' gamma (Lin et al. 2017, equation 4)."""
 
-COLUMNS: Final = ("time_s", "customer", "terminal", "amount", "fraud")
+CUSTOMER: Final = "customer"
+COLUMNS: Final = ("time_s", CUSTOMER, "terminal", "amount", "fraud")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class FraudTask(Task):
         objective: "weighted", cross entropy with frauds counting `fraud_weight` times; "focal", Lin et al. 2017, with
             the same weight; or "plain" cross entropy.
         fraud_weight: what one fraud counts, in honest payments.
+        histories: what a payment's features are made of: "bank", all earlier payments at the bank; or "customer", those of its own
+            customer alone, as under a privacy plan for customers: how risky a terminal is is then known from one's own payments only.
     """
 
     banks: Annotated[int, Field(ge=1)] = 5
@@ -57,6 +63,7 @@ class FraudTask(Task):
     data_seed: Annotated[int, Field(ge=0)] = 1
     objective: Literal["weighted", "focal", "plain"] = "weighted"
     fraud_weight: Annotated[float, Field(gt=0)] = 10.0
+    histories: Literal["bank", "customer"] = "bank"
 
     name: ClassVar[str] = "bank/fraud"
     keeps_rows: ClassVar[bool] = False
@@ -85,15 +92,28 @@ class FraudTask(Task):
 
     def load(self, source: Path | None = None) -> Examples:
         """Payments as features: column 0 is the time in seconds, the others are `FEATURE_NAMES`; rows by bank, then time."""
+        apart = self.histories == "customer"
         if source is not None:
-            return _own_payments(source)
+            return _own_payments(source, apart=apart)
         parameters = FraudParameters(
             customers=self.customers, terminals=self.terminals, banks=self.banks, days=self.days
         )
         payments = fraud_synthetic(parameters, self.data_seed)
         width = max(2, len(str(self.banks)))
         names = np.array([f"bank-{number + 1:0{width}d}" for number in range(self.banks)])
-        return _examples(payments, names)
+        return _examples(payments, payments.customer.astype(np.str_), names, apart=apart)
+
+    def for_units(self, group: str = "") -> FraudTask:
+        """Customers, each with features made of their own payments. A payment cannot be protected by itself: the next ones are compared with it."""
+        if group != CUSTOMER:
+            raise UnsupportedError(
+                f"task {self.name!r}: a payment's features are made of the customer's earlier payments, so only whole customers can be protected",
+                hint=f'[privacy] unit = "group", group = "{CUSTOMER}"',
+            )
+        return replace(self, histories="customer")
+
+    def scoring(self) -> BinaryScores:
+        return BinaryScores()
 
     def split(self, examples: Examples, seed: int, folds: int, fold: int) -> tuple[IntArray, IntArray]:
         """The past trains, the future tests, with the label delay between them; whatever the seed."""
@@ -132,8 +152,20 @@ class FraudTask(Task):
         return {"average_precision": average_precision(outputs[:, 0], y), "auc": roc_auc(outputs[:, 0], y)}
 
 
-def _examples(payments: Transactions, names: npt.NDArray[np.str_] | None) -> Examples:
-    """Features bank by bank, each from its own payments alone."""
+def _examples(
+    payments: Transactions, customer: npt.NDArray[np.str_], names: npt.NDArray[np.str_] | None, *, apart: bool
+) -> Examples:
+    """Features bank by bank, each from its own payments alone; or customer by customer, where they are kept `apart`.
+
+    Args:
+        payments: in the order of time.
+        customer: what each payment's customer is called.
+        names: of the banks; None where there is one without a name.
+        apart: a terminal is another one for each customer.
+    """
+    if apart:
+        pairs = np.unique(np.column_stack([payments.customer, payments.terminal]), axis=0, return_inverse=True)[1]
+        payments = replace(payments, terminal=pairs.reshape(-1).astype(np.int64))
     fraud = payments.scenario > 0
     order = np.argsort(payments.bank, kind="stable")
     parts = []
@@ -142,10 +174,11 @@ def _examples(payments: Transactions, names: npt.NDArray[np.str_] | None) -> Exa
         own = Transactions(*(getattr(payments, name)[mine] for name in Transactions.__dataclass_fields__))
         parts.append(np.column_stack([own.time_s.astype(np.float64), payment_features(own, fraud[mine])]))
     client = None if names is None else names[payments.bank[order]]
-    return Examples(np.concatenate(parts), fraud[order].astype(np.int64), client)
+    groups = customer[order] if apart else None
+    return Examples(np.concatenate(parts), fraud[order].astype(np.int64), client, groups)
 
 
-def _own_payments(path: Path) -> Examples:
+def _own_payments(path: Path, *, apart: bool) -> Examples:
     table = read_table(path, COLUMNS, keep_others=True)
     time_s = table.numbers("time_s", low=0, high=1e12, required=True).astype(np.int64)
     order = np.argsort(time_s, kind="stable")
@@ -159,7 +192,7 @@ def _own_payments(path: Path) -> Examples:
         scenario=table.codes("fraud", ("0", "1"), required=True).astype(np.int64)[order],
         bank=bank[order],
     )
-    return _examples(payments, names)
+    return _examples(payments, table.text(CUSTOMER)[order], names, apart=apart)
 
 
 TASK = FraudTask

@@ -21,6 +21,7 @@ from fedlearn.data.tables import FloatArray, Table, read_table
 from fedlearn.errors import DataError, StudyError
 from fedlearn.learning.metrics import accuracy, balanced_accuracy, roc_auc
 from fedlearn.learning.task import Batch, ClientData, Examples, Task, TaskCard
+from fedlearn.privacy.scoring import BinaryScores, Scoring, ShareRight, SquaredErrors
 from fedlearn.tasks.classify import ImageClassification
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class TabularTask(Task):
 
     Numeric columns are imputed with the client's own training median, marked where they were missing, and scaled: by the public
     range in `ranges` where one is given, else by the client's own training mean and deviation, which hides differences in
-    level between sites. Give ranges where you know them.
+    level between sites. Give ranges where you know them. Under a privacy plan for records or groups nothing may be learnt from
+    other rows: every numeric column needs a range, the middle of which stands in for what is missing.
 
     Args:
         label: the column to predict.
@@ -43,6 +45,8 @@ class TabularTask(Task):
         categorical: categorical columns and their levels; a missing value is a level of its own.
         ranges: usual low and high of a numeric column, mapped to -1 and 1.
         client: the column that names the client; empty when a file is one client's.
+        group: the column that names whose each row is; a study's privacy.group sets it.
+        scaling: "own", as said above; or "public", by ranges alone, as under a privacy plan.
         kind: "classification" or "regression".
         classes: the label's values in the order of their ids (classification).
         target_range: usual low and high of the label (regression): the model's last layer works between -1 and 1 of it.
@@ -55,6 +59,8 @@ class TabularTask(Task):
     categorical: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     client: str = ""
+    group: str = ""
+    scaling: Literal["own", "public"] = "own"
     kind: Literal["classification", "regression"] = "classification"
     classes: tuple[str, ...] = ()
     target_range: tuple[float, float] = (-1.0, 1.0)
@@ -102,6 +108,13 @@ class TabularTask(Task):
         unknown = sorted(set(self.ranges) - set(self.features))
         if unknown:
             raise StudyError(f"task 'tabular/csv': ranges names {unknown[0]!r}, which is not among the features")
+        open_ended = sorted(set(self.features) - set(self.ranges)) if self.scaling == "public" else []
+        if open_ended:
+            raise StudyError(
+                f"task 'tabular/csv': column {open_ended[0]!r} has no public range, and its own mean and deviation would be learnt from "
+                "everybody's rows, which a privacy plan for records or groups forbids",
+                hint=f"give its usual low and high: [task.options.ranges] {open_ended[0]} = [0, 100]",
+            )
         # The card of this very study: its primary metric depends on the kind.
         metric = "accuracy" if self.kind == "classification" else "r2"
         object.__setattr__(self, "card", replace(type(self).card, metric=metric))
@@ -122,7 +135,8 @@ class TabularTask(Task):
             y: npt.NDArray[Any] = table.codes(self.label, self.classes, required=True).astype(np.int64)
         else:
             y = table.numbers(self.label, required=True).astype(np.float32)
-        return Examples(np.stack(columns, axis=1), y, self._clients(table, from_site=source is not None))
+        groups = np.array(table.columns[self.group], dtype=np.str_) if self.group and self.group in table else None
+        return Examples(np.stack(columns, axis=1), y, self._clients(table, from_site=source is not None), groups)
 
     def _clients(self, table: Table, *, from_site: bool) -> npt.NDArray[np.str_] | None:
         if not self.client or (from_site and self.client not in table):
@@ -138,7 +152,7 @@ class TabularTask(Task):
 
     def _scaling(self, values: FloatArray, column: str) -> tuple[float, float, float]:
         """What stands in for a missing value, and the centre and scale: from training rows and public ranges only."""
-        present = values[~np.isnan(values)]
+        present = values[~np.isnan(values)] if self.scaling == "own" else values[:0]
         if column in self.ranges:
             low, high = self.ranges[column]
             middle = float(np.median(present)) if len(present) else (low + high) / 2
@@ -156,6 +170,15 @@ class TabularTask(Task):
             parts += [x[:, i] == code for code in range(len(levels))]
             parts.append(np.isnan(x[:, i]))
         return np.stack(parts, axis=1).astype(np.float32)
+
+    def for_units(self, group: str = "") -> TabularTask:
+        """Public ranges in place of means and medians; groups are the values of a column."""
+        return replace(self, scaling="public", group=group)
+
+    def scoring(self) -> Scoring:
+        if self.kind == "regression":
+            return SquaredErrors(*self.target_range)
+        return BinaryScores() if len(self.classes) == 2 else ShareRight()
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -204,11 +227,13 @@ class ImageNpzTask(ImageClassification):
         classes: how many.
         channels: 1 for grey, 3 for colour.
         path: where the file is, for a simulation; a site names its own.
+        group: the arrays that name whose each image is (train_GROUP ...); a study's privacy.group sets it.
     """
 
     classes: Annotated[int, Field(ge=2)]
     channels: Literal[1, 3] = 3
     path: str = ""
+    group: str = ""
 
     name: ClassVar[str] = "image/npz"
     card: ClassVar[TaskCard] = TaskCard(
@@ -224,7 +249,11 @@ class ImageNpzTask(ImageClassification):
     )
 
     def load(self, source: Path | None = None) -> Examples:
-        return read_npz(source or _own_path(self.path), self.channels, self.classes)
+        return read_npz(source or _own_path(self.path), self.channels, self.classes, self.group)
+
+    def for_units(self, group: str = "") -> ImageNpzTask:
+        """Images are scaled one by one; groups are what an array says."""
+        return replace(self, group=group)
 
     def model(self) -> torch.nn.Module:
         from fedlearn.models.cnn import ImageNet

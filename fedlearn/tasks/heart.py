@@ -15,7 +15,7 @@ the data: centres and scales are clinical constants, so a hospital that holds on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
@@ -29,6 +29,7 @@ from fedlearn.data.tables import Table, read_table
 from fedlearn.errors import DataError
 from fedlearn.learning.metrics import accuracy, roc_auc
 from fedlearn.learning.task import Batch, ClientData, Examples, Task, TaskCard
+from fedlearn.privacy.scoring import BinaryScores
 
 if TYPE_CHECKING:
     import torch
@@ -81,11 +82,14 @@ class HeartTask(Task):
             303, 261, 46 and 130 patients.
         columns: "common", the ten columns that all hospitals recorded; or "all", which adds slope, ca and thal.
         hidden: width of the net's hidden layer; 0 makes it a logistic regression.
+        imputation: "median" of the hospital's own training rows for what is missing; or "public", constants of the literature, as under a
+            privacy plan for records.
     """
 
     variant: Literal["full", "flamby"] = "full"
     columns: Literal["common", "all"] = "common"
     hidden: Annotated[int, Field(ge=0)] = 16
+    imputation: Literal["median", "public"] = "median"
 
     name: ClassVar[str] = "hospital/heart"
     card: ClassVar[TaskCard] = TaskCard(
@@ -167,10 +171,20 @@ class HeartTask(Task):
 
     def prepare(self, train: Examples, test: Examples) -> ClientData:
         x_train, x_test = self._unmeasured(train.x), self._unmeasured(test.x)
-        middle = [_middle(x_train[:, i], column) for i, column in enumerate(self.raw_columns)]
+        learnt = x_train if self.imputation == "median" else x_train[:0]
+        middle = [_middle(learnt[:, i], column) for i, column in enumerate(self.raw_columns)]
         return ClientData(
             Batch(self._features(x_train, middle), train.y), Batch(self._features(x_test, middle), test.y)
         )
+
+    def for_units(self, group: str = "") -> HeartTask:
+        """Public constants in place of medians. Each row is a patient of its own, so there are no groups."""
+        if group:
+            super().for_units(group)
+        return replace(self, imputation="public")
+
+    def scoring(self) -> BinaryScores:
+        return BinaryScores()
 
     def _unmeasured(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
         x = x.astype(np.float64)  # a copy

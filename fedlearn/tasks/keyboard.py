@@ -6,7 +6,7 @@ The vocabulary is a public constant, not learnt from anybody's text. The message
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
@@ -16,10 +16,12 @@ from pydantic import Field
 
 from fedlearn.data.messages import OWN, PACKAGE, chitchat, read_messages
 from fedlearn.data.partition import client_ids
-from fedlearn.errors import DataError
+from fedlearn.errors import DataError, UnsupportedError
+from fedlearn.learning.folds import time_ordered_fold
 from fedlearn.learning.metrics import accuracy
 from fedlearn.learning.rows import IntArray
-from fedlearn.learning.task import Batch, ClientData, Examples, Task, TaskCard, time_ordered_fold
+from fedlearn.learning.task import Batch, ClientData, Examples, Task, TaskCard
+from fedlearn.privacy.scoring import ShareRight
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 CHARACTERS: Final = " \n" + string.ascii_letters + string.digits + ".,'?!\"-:;()*/"
 """The public vocabulary: 77 characters, 99.9 % of English chat. A new line ends a message."""
 
+USER: Final = "user"
+"""Of a .jsonl file: whose message it is."""
 UNKNOWN: Final = len(CHARACTERS)
 VOCABULARY: Final = len(CHARACTERS) + 1
 _ID_OF: Final = {character: number for number, character in enumerate(CHARACTERS)}
@@ -48,6 +52,7 @@ class KeyboardTask(Task):
         blocks: of the transformer, or layers of the LSTM.
         min_characters: users with fewer are left out.
         max_characters: only a user's first so many are used, so that no one user dominates.
+        by_user: users are what a privacy plan protects; a file of one's own is then one client's, whatever users it names.
     """
 
     architecture: Literal["transformer", "lstm"] = "transformer"
@@ -56,6 +61,7 @@ class KeyboardTask(Task):
     blocks: Annotated[int, Field(ge=1)] = 2
     min_characters: Annotated[int, Field(ge=1)] = 2_000
     max_characters: Annotated[int, Field(ge=1)] = 20_000
+    by_user: bool = False
 
     name: ClassVar[str] = "device/keyboard"
     keeps_rows: ClassVar[bool] = False
@@ -92,8 +98,22 @@ class KeyboardTask(Task):
                 f"{source or 'the data'}: no user has {self.context + 1} characters, the length of one sequence",
                 hint="use more text, or a smaller context",
             )
-        client = None if list(messages) == [OWN] else client_ids(np.concatenate(users))
-        return Examples(np.concatenate(x), np.concatenate(y), client)
+        nameless, owners = list(messages) == [OWN], np.concatenate(users)
+        client = None if nameless or (self.by_user and source is not None) else client_ids(owners)
+        groups = owners if self.by_user and not nameless else None
+        return Examples(np.concatenate(x), np.concatenate(y), client, groups)
+
+    def for_units(self, group: str = "") -> KeyboardTask:
+        """Users, each cut into sequences by themselves. A message is no unit: one more moves the cuts of all that follow."""
+        if group != USER:
+            raise UnsupportedError(
+                f"task {self.name!r}: sequences are cut from a user's messages in a row, so only whole users can be protected",
+                hint=f'[privacy] unit = "group", group = "{USER}"; or unit = "client" where each client is a user',
+            )
+        return replace(self, by_user=True)
+
+    def scoring(self) -> ShareRight:
+        return ShareRight("top1")
 
     def split(self, examples: Examples, seed: int, folds: int, fold: int) -> tuple[IntArray, IntArray]:
         """The last 1/folds of the sequences test, whatever the seed: rows are in the order of time."""

@@ -37,6 +37,7 @@ def test_options_are_described():
         "variant": ("full or flamby", "'full'"),
         "columns": ("common or all", "'common'"),
         "hidden": ("a whole number", "16"),
+        "imputation": ("median or public", "'median'"),
     }
     table = {o.name: (o.kind, o.default) for o in entry_of("tabular/csv").options}
     assert table["label"] == ("text", None)
