@@ -18,6 +18,7 @@ from fedlearn.privacy.plan import (
     FixedCohort,
     PoissonSampling,
     PrivacyPlan,
+    Spaced,
     Unit,
     claims,
 )
@@ -39,6 +40,7 @@ _COUNTED: Final = {
     PLANNED: "all planned rounds, none of them tried twice",
     RELEASED: "what was released: every attempt at a round counts, void ones too, as for a site that took part in each",
 }
+_WHOLE: Final = "all planned rounds, from the first one on: the noise of one round covers the others'"
 _CENTRAL: Final = "what was released: the rounds that were committed"
 
 
@@ -85,6 +87,8 @@ def statement(plan: PrivacyPlan, *, seeded: bool, rounds: int | None = None) -> 
     """
     state = PLANNED if rounds is None else RELEASED
     counted = _CENTRAL if rounds is not None and plan.unit is Unit.CLIENT else _COUNTED[state]
+    if plan.matrix is not None:
+        counted = _WHOLE
     number = plan.rounds if rounds is None else rounds
     accounted = _account(plan, number)
     epsilon, accountant = accounted.reported.epsilon, accounted.reported.accountant
@@ -205,6 +209,12 @@ def sampling_in_words(plan: PrivacyPlan) -> str:
             return f"{plan.steps} steps a round, each {plan.unit.value} by a coin of its own with probability {rate:g} each step"
         case FixedCohort(size, population):
             return f"{size} of {population} clients each round, without replacement"
+        case Spaced(size, separation, _):
+            times = plan.ftrl.participations
+            return (
+                f"{size} clients each round of those who are here, none twice in {separation} rounds or more than {times} times: nothing is "
+                "gained by sampling; the noise is correlated over the rounds (DP-FTRL), its multiplier relative to what one client moves in all"
+            )
     return "every client each round: nothing is gained by sampling"
 
 

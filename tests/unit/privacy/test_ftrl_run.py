@@ -19,6 +19,7 @@ from fedlearn.privacy.ftrl import Banded, inverse_coefficients
 from fedlearn.privacy.ftrl_run import KEY_BYTES, FtrlRun
 from fedlearn.privacy.mechanisms import seeded_chance
 from fedlearn.privacy.plan import AdaptiveClip, Adversary, Everyone, PoissonSampling, Spaced, Unit, claims
+from fedlearn.privacy.statement import planned, released
 from fedlearn.privacy.study import plan_of
 from fedlearn.privacy.what_if import alternatives
 from fedlearn.release.journal import DictJournal
@@ -355,3 +356,11 @@ def test_those_asked_least_are_asked_first():
     for number in range(1, 7):
         run.closing(number, run.pick(CLIENTS, number, seeded_chance(number)))
     assert {count for count, _ in run._asked.values()} == {3}
+
+
+def test_a_statement_names_the_constraints_and_counts_the_whole_run():
+    found = released(study_of(), committed=1, attempts=1, rehearsal=False)
+    assert found is not None
+    assert found["epsilon"] == planned(study_of(), rehearsal=False)["epsilon"]
+    assert "none twice in 3 rounds or more than 2 times" in found["sampling"]
+    assert "from the first one on" in found["counted"]
