@@ -134,5 +134,12 @@ class AccountingError(FedlearnError):
     kind = "accounting"
 
 
+class ClaimRefutedError(FedlearnError):
+    """An audit refuted what a study claims of its privacy: the code that trains is not what was accounted."""
+
+    exit_code = 16
+    kind = "audit"
+
+
 INTERRUPTED_EXIT_CODE = 130
 USAGE_EXIT_CODE = 2

@@ -8,6 +8,7 @@ import typer
 
 from fedlearn import __version__
 from fedlearn.cli import (
+    audit,
     catalogue,
     certs,
     compare,
@@ -188,6 +189,15 @@ add(
     ledger.export,
     "Write a ledger as one JSON document.",
     "fedlearn ledger export state/ledgers/heart --out heart-ledger.json",
+)
+add(
+    app,
+    "audit",
+    audit.audit,
+    "Put a study's privacy claim to the test.",
+    "fedlearn audit study.toml --plot audit.png",
+    "fedlearn audit study.toml --client cleveland --shadows 0 --json",
+    "fedlearn audit simulations/heart.toml --set privacy.unit=record --set privacy.epsilon=1 --set privacy.delta=1e-4",
 )
 add(
     app,
