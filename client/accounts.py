@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
 from fedlearn.errors import StateError
 from fedlearn.privacy.chain import SignedHead
-from fedlearn.privacy.ledger_file import LedgerFolder
+from fedlearn.privacy.ledger_file import LEDGERS, LedgerFolder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from fedlearn.privacy.ledger import Ledger
 
 log = logging.getLogger("fedlearn.client")
-
-LEDGERS: Final = "ledgers"
-"""Folder of the ledgers inside an agent's state folder."""
 
 
 def ledger_folder(state_dir: Path, dataset: str) -> Path:

@@ -9,7 +9,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from client import sandbox
-from client.accounts import LEDGERS, Accounts, ledger_folder, signing_key
+from client.accounts import Accounts, ledger_folder, signing_key
 from client.crew import Crew
 from client.masking import Masking
 from client.policy import SiteRules, load_rules
@@ -25,6 +25,7 @@ from fedlearn.link.tls import Role
 from fedlearn.lock import FolderLock
 from fedlearn.privacy.budget import EpsilonCharger
 from fedlearn.release.charge import CostCharger
+from fedlearn.privacy.ledger_file import LEDGERS
 from fedlearn.release.records import SitePolicy
 from fedlearn.release.site import SiteGate
 from fedlearn.release.sqlite import SqliteJournal

@@ -22,6 +22,7 @@ class AgentOptions:
         threads: most torch threads of a worker; None lets the study decide.
         json_logs: log JSON lines instead of text.
         debug: log more, and tracebacks.
+        study: of a dry run: would this site admit it?
     """
 
     server: str
@@ -35,6 +36,7 @@ class AgentOptions:
     threads: int | None = None
     json_logs: bool = False
     debug: bool = False
+    study: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Finding:
     """One line of a dry run.
 
     Args:
-        what: what was checked: `policy`, `tls`, `data`, `device`, `connection`.
+        what: what was checked: `policy`, `tls`, `data`, `device`, `budget`, `study` (where one is named), `connection`.
         ok: whether it will work.
         detail: what was found, or what is wrong.
         hint: what to do about it.

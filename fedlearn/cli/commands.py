@@ -99,6 +99,7 @@ add(
     "A site: dials out to the coordinator, and stays.",
     f"fedlearn client {AT} --tls cleveland --task hospital/heart --data heart.csv",
     f"fedlearn client --check {AT} --tls cleveland --task hospital/heart --data heart.csv",
+    f"fedlearn client --check {AT} --tls cleveland --task hospital/heart --policy policy.toml --study study.toml",
 )
 add(
     app,
@@ -174,7 +175,8 @@ add(
     "show",
     ledger.show,
     "Show what a site's accounts have spent.",
-    "fedlearn ledger show state/ledgers/heart",
+    "fedlearn ledger show state/cleveland",
+    "fedlearn ledger show state/cleveland/ledgers/heart",
 )
 add(
     ledgers,

@@ -14,22 +14,35 @@ from fedlearn.cli.output import print_json, print_table
 from fedlearn.errors import StateError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fedlearn.privacy.chain import Record, SignedHead
     from fedlearn.privacy.ledger_file import AccountState, Verification
 
 Folder = Annotated[Path, typer.Argument(metavar="LEDGER", help="A ledger's folder, or its file.")]
+Folders = Annotated[
+    Path,
+    typer.Argument(metavar="LEDGER", help="A ledger's folder or file, or an agent's state folder for all of them."),
+]
 
 
-def show(ledger: Folder, json: Json = False, debug: Debug = False) -> None:
-    """Show what a ledger's accounts have spent, and who was refused. Reading needs no lock: the agent may be running."""
+def show(ledger: Folders, json: Json = False, debug: Debug = False) -> None:
+    """Show what ledgers' accounts have spent, and who was refused. Reading needs no lock: the agent may be running."""
     del debug
-    from fedlearn.privacy.ledger_file import account_states, read_records, verify_ledger
+    from fedlearn.privacy.ledger_file import account_states, ledgers_in, read_records, verify_ledger
 
-    states, found = account_states(read_records(ledger)), verify_ledger(ledger)
+    read = [(account_states(read_records(one)), verify_ledger(one)) for one in ledgers_in(ledger)]
     if json:
-        print_json({**_about(found), "accounts": [_account(state) for state in states]})
+        documents = [{**_about(found), "accounts": [_account(state) for state in states]} for states, found in read]
+        print_json(documents[0] if len(documents) == 1 else {"ledgers": documents})
         return
-    print(f"site {found.site}, data set {found.data_set}: {found.records} records, head {found.head[:16]}\n")
+    for number, (states, found) in enumerate(read):
+        _print(states, found, first=number == 0)
+
+
+def _print(states: Sequence[AccountState], found: Verification, *, first: bool) -> None:
+    before = "" if first else "\n"
+    print(f"{before}site {found.site}, data set {found.data_set}: {found.records} records, head {found.head[:16]}\n")
     rows = [
         (
             s.account,

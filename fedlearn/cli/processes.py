@@ -12,7 +12,7 @@ import typer
 from fedlearn.cli import certs
 from fedlearn.cli.options import TLS_VARIABLE, AppFolder, Debug, Server, Tls
 from fedlearn.cli.output import print_json
-from fedlearn.errors import StateError, TlsError
+from fedlearn.errors import StateError, StudyError, TlsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,8 +96,12 @@ def client(
     ] = None,
     app: AppFolder = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Dry run: policy, certificates, data, device and connection; then leave.")
+        bool,
+        typer.Option("--check", help="Dry run: policy, certificates, data, device, budget and connection; then leave."),
     ] = False,
+    study: Annotated[
+        Path | None, typer.Option("--study", metavar="FILE", help="With --check: would this site admit the study?")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="With --check: print JSON. Otherwise: log JSON lines.")] = False,
     debug: Debug = False,
 ) -> int:
@@ -120,7 +124,10 @@ def client(
         threads=threads,
         json_logs=json,
         debug=debug,
+        study=study,
     )
+    if study is not None and not check:
+        raise StudyError("client: --study without --check", hint="a site takes the studies that its coordinator sends")
     if check:
         return _show_findings(_app_module("client.check").check(asked), json)
     code: int = module.join(asked)

@@ -17,11 +17,14 @@ from fedlearn.privacy.budget import Budget, StopRule, spent_epsilon
 from fedlearn.privacy.chain import Kind, Record, SignedHead, check_signature, verify
 from fedlearn.privacy.events import Cost
 from fedlearn.privacy.ledger import Ledger, split
+from fedlearn.release.charge import Charge
 
 if TYPE_CHECKING:
     from fedlearn.privacy.chain import SiteKey
 
 LEDGER_FILE: Final = "ledger.jsonl"
+LEDGERS: Final = "ledgers"
+"""The folder of an agent's ledgers in its state folder."""
 MAX_LEDGER_BYTES: Final = 4 * 1024**3
 """A larger file is no ledger."""
 
@@ -195,7 +198,7 @@ class AccountState:
 
 def account_states(records: list[Record]) -> list[AccountState]:
     """Every account that the records name, in order of names."""
-    costs: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    costs = _costs(records)
     runs: defaultdict[str, Counter[str]] = defaultdict(Counter)
     refusals: Counter[str] = Counter()
     account_of: dict[str, str] = {}
@@ -206,12 +209,8 @@ def account_states(records: list[Record]) -> list[AccountState]:
         if record.kind is Kind.BUDGETS:
             budgets = {str(name): _budget(fields) for name, fields in body.items()}
         elif record.kind is Kind.CHARGE:
-            costs[body["account"]].append((body["key_sha256"], body["cost"]))
             runs[body["account"]][body["key"]["run"]] += 1
             account_of[body["key_sha256"]] = body["account"]
-        elif record.kind is Kind.CLOSED:
-            mine = costs[body["account"]]
-            costs[body["account"]] = [(k, body["cost"] if k == body["key_sha256"] else text) for k, text in mine]
         elif record.kind is Kind.REFUSAL:
             refusals[body["account"]] += 1
         elif record.kind is Kind.VOID:
@@ -223,12 +222,47 @@ def account_states(records: list[Record]) -> list[AccountState]:
             len(costs[name]),
             refusals[name],
             voids[name],
-            _epsilon([text for _, text in costs[name]], budgets.get(name)),
+            _epsilon(costs[name], budgets.get(name)),
             budgets.get(name),
             dict(runs[name]),
         )
         for name in names
     ]
+
+
+def charges_of(records: list[Record], account: str) -> list[Charge]:
+    """What stands charged on an account: what closed runs gave back is off."""
+    return [Charge(account, cost) for cost in _costs(records)[account]]
+
+
+def _costs(records: list[Record]) -> defaultdict[str, list[str]]:
+    """By account."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    place: dict[str, int] = {}
+    for record in records:
+        if record.kind is Kind.CHARGE:
+            place[record.body["key_sha256"]] = len(found[record.body["account"]])
+            found[record.body["account"]].append(record.body["cost"])
+        elif record.kind is Kind.CLOSED:
+            found[record.body["account"]][place[record.body["key_sha256"]]] = record.body["cost"]
+    return found
+
+
+def ledgers_in(path: Path) -> list[Path]:
+    """The ledgers that a path names: itself, or every one in an agent's state folder.
+
+    Raises:
+        StateError: a folder without any.
+    """
+    if not path.is_dir() or (path / LEDGER_FILE).is_file():
+        return [path]
+    found = sorted(file.parent for file in (path / LEDGERS).glob(f"*/{LEDGER_FILE}"))
+    if not found:
+        raise StateError(
+            f"ledger {path}: neither a ledger's folder nor the state folder of an agent that keeps one",
+            hint=f"name the agent's state folder (--state), or a folder in its {LEDGERS}/; a policy without [budgets] keeps no ledger",
+        )
+    return found
 
 
 def read_records(path: Path) -> list[Record]:

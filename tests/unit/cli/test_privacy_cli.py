@@ -166,6 +166,18 @@ def test_a_ledger_is_shown_while_its_agent_runs(capsys, folder):
     assert "heart/record" in capsys.readouterr().out
 
 
+def test_an_agents_state_folder_shows_every_ledger(capsys, tmp_path):
+    assert main(["ledger", "show", str(tmp_path)]) == 12
+    assert "[budgets]" in capsys.readouterr().err
+    for name in ("heart", "blood"):
+        with LedgerFolder(tmp_path / "ledgers" / name, "cleveland", name, KEY) as ledger:
+            ledger.note_budgets({f"{name}/record": Budget(3.0, 1e-5)})
+    found = answer(capsys, "ledger", "show", str(tmp_path))["ledgers"]
+    assert [one["data_set"] for one in found] == ["blood", "heart"]
+    assert main(["ledger", "show", str(tmp_path)]) == 0
+    assert "data set heart" in capsys.readouterr().out
+
+
 def test_verify_tells_a_sound_ledger_from_another(capsys, folder):
     head = str(folder.parent / "head.json")
     assert main(["ledger", "verify", str(folder), "--head", head]) == 0
