@@ -26,6 +26,7 @@ from fedlearn.privacy.events import (
     Leaf,
     PoissonSampled,
     Relation,
+    Repeated,
     SampledWithoutReplacement,
     Skellam,
     ZeroConcentrated,
@@ -246,8 +247,19 @@ def calibrate(cost_of: Callable[[float], Cost], epsilon: float, delta: float) ->
 
 
 def calibrated(plan: PrivacyPlan, epsilon: float) -> PrivacyPlan:
-    """The plan with the noise that its whole length needs to stay within `epsilon`."""
-    noise = calibrate(lambda noise: replace(plan, noise_multiplier=noise).cost(), epsilon, plan.delta)
+    """The plan with the noise that its whole length, evaluations included, needs to stay within `epsilon`.
+
+    Raises:
+        StudyError: no noise does; or the evaluations alone cost as much.
+    """
+    if (times := plan.evaluations()) and plan.evaluation is not None:
+        beside = Cost(Repeated(Gaussian(plan.evaluation.noise_multiplier), times), plan.relation)
+        if (spent := pld_epsilon(beside, plan.delta, grid=10 * PLD_GRID)) >= epsilon:
+            raise StudyError(
+                f"privacy.evaluation_noise: {times} evaluations alone cost epsilon {spent:.3g}, the budget is {epsilon:g}",
+                hint="more evaluation_noise, or a larger evaluate.every",
+            )
+    noise = calibrate(lambda noise: replace(plan, noise_multiplier=noise).whole_cost(), epsilon, plan.delta)
     return replace(plan, noise_multiplier=noise)
 
 

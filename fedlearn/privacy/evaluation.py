@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlearn.errors import PolicyRefusedError, StudyError
-from fedlearn.privacy.events import Cost, Gaussian, Repeated
+from fedlearn.privacy.events import Cost, Gaussian
 from fedlearn.privacy.study import chance_for, protects_rows
 
 if TYPE_CHECKING:
@@ -44,22 +44,12 @@ def is_charged(study: Study) -> bool:
 def evaluation_cost(study: Study) -> Cost:
     """What one answer to one evaluation costs the site that gives it. Asked again, it is paid again.
 
+    What all of a study's evaluations cost is in its plan: `PrivacyPlan.whole_cost`.
+
     Raises:
         StudyError: the study asks for no such evaluation.
     """
     return Cost(Gaussian(_noise(study)))
-
-
-def evaluations(study: Study) -> int:
-    """How often the study's own rounds evaluate: every `evaluate.every` rounds, and after the last."""
-    every, rounds = study.evaluate.every, study.rounds
-    return 0 if every == 0 else rounds // every + (rounds % every != 0)
-
-
-def evaluations_cost(study: Study) -> Cost | None:
-    """What all evaluations of the study cost a site that is asked each time; None where there are none that cost."""
-    count = evaluations(study)
-    return Cost(Repeated(Gaussian(_noise(study)), count)) if is_charged(study) and count else None
 
 
 def check_may_score(study: Study) -> None:

@@ -15,6 +15,7 @@ from fedlearn.errors import StudyError, UnsupportedError
 from fedlearn.learning.update import Weighting
 from fedlearn.privacy.events import (
     MAX_COUNT,
+    Composed,
     Cost,
     Gaussian,
     Leaf,
@@ -135,6 +136,28 @@ class AdaptiveClip:
                 raise StudyError(f"privacy: {name}: got {value}, expected above 0 and below 1")
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Test rows answer too: noisy sums of their scores, each a release of its own.
+
+    Args:
+        noise_multiplier: of one answer.
+        every: so many rounds, and after the last; 0 for never.
+    """
+
+    noise_multiplier: float
+    every: int
+
+    def __post_init__(self) -> None:
+        _positive("evaluation_noise", self.noise_multiplier)
+
+    def count(self, rounds: int, last: int) -> int:
+        """How many there are in the first `rounds` of `last` rounds."""
+        if self.every == 0:
+            return 0
+        return rounds // self.every + (rounds == last and last % self.every != 0)
+
+
 Clipping = FixedClip | AdaptiveClip
 _SAMPLERS: Final = (PoissonSampling, FixedCohort, Everyone, Spaced)
 _CLIPPINGS: Final = (FixedClip, AdaptiveClip)
@@ -155,6 +178,7 @@ class PrivacyPlan:
         rounds: planned.
         steps: noisy releases (DP-SGD steps) of each round; 1 at client level.
         matrix: correlates the noise of the rounds (DP-FTRL), for `Spaced` clients; None for independent noise.
+        evaluation: what is released beside training; None for nothing.
         weighting: how contributions are weighted. Only uniform is possible: a weight that is a person's count is private itself.
 
     Raises:
@@ -170,6 +194,7 @@ class PrivacyPlan:
     rounds: int
     steps: int = 1
     matrix: Banded | BufferedToeplitz | None = None
+    evaluation: Evaluation | None = None
     weighting: Weighting = Weighting.UNIFORM
 
     def __post_init__(self) -> None:
@@ -220,6 +245,8 @@ class PrivacyPlan:
                     hint="noise that is to cancel an earlier round's must be on the same scale",
                 )
             _ = self.ftrl  # is refused where its sensitivity is not known
+        if self.evaluation is not None and self.unit is Unit.CLIENT:
+            raise StudyError("privacy: evaluation_noise: is for records and groups")
         if self.weighting is not Weighting.UNIFORM:
             raise StudyError(
                 f"privacy: weights: got {self.weighting.value!r}, expected uniform",
@@ -285,8 +312,27 @@ class PrivacyPlan:
             case Everyone() | Spaced():
                 return Gaussian(self.noise_multiplier)
 
+    def evaluations(self, rounds: int | None = None) -> int:
+        """How often each site is evaluated in the first `rounds` rounds, of all if not told."""
+        count = self.rounds if rounds is None else rounds
+        return 0 if self.evaluation is None else self.evaluation.count(count, self.rounds)
+
+    def whole_cost(self, rounds: int | None = None, attempts: int | None = None) -> Cost:
+        """What everything costs that is released in the first `rounds` rounds: training, and the evaluations beside it.
+
+        Args:
+            rounds: all of the plan if not told.
+            attempts: at these rounds; one at each if not told.
+        """
+        training = self.cost(rounds if attempts is None else attempts)
+        times = self.evaluations(rounds)
+        if self.evaluation is None or not times:
+            return training
+        beside = Repeated(Gaussian(self.evaluation.noise_multiplier), times)
+        return Cost(Composed((training.event, beside)), training.relation)
+
     def cost(self, rounds: int | None = None) -> Cost:
-        """What `rounds` rounds cost; all of the plan if not told. One attempt at a round, void or not, costs a round.
+        """What training costs in `rounds` rounds; all of the plan if not told. One attempt at a round, void or not, costs a round.
 
         Correlated noise costs all of it with the first round: what a round says depends on the noise of all.
         """

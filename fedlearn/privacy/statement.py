@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from fedlearn.privacy.accounting import Accounted
+    from fedlearn.privacy.plan import Evaluation
     from fedlearn.study import Study
 
 PLANNED, RELEASED = "planned", "released"
@@ -69,16 +70,19 @@ def released(study: Study, *, committed: int, attempts: int, rehearsal: bool) ->
         return None
     # At client level only a committed round's noisy sum is released; a site's noisy updates leave with every attempt.
     rounds = committed if plan.unit is Unit.CLIENT else attempts
-    return statement(plan, seeded=is_seeded(study, rehearsal=rehearsal), rounds=rounds)
+    return statement(plan, seeded=is_seeded(study, rehearsal=rehearsal), rounds=rounds, committed=committed)
 
 
-def statement(plan: PrivacyPlan, *, seeded: bool, rounds: int | None = None) -> dict[str, Any]:
+def statement(
+    plan: PrivacyPlan, *, seeded: bool, rounds: int | None = None, committed: int | None = None
+) -> dict[str, Any]:
     """A plan's promise as plain JSON types: no number in it is infinite or missing.
 
     Args:
         plan: the plan.
         seeded: whether the run derives its noise from the study's seed.
         rounds: that were released; None states the plan.
+        committed: of these, which evaluations follow; as many as `rounds` if not told.
 
     Returns:
         `epsilon` (a number, or the text "not private"), `delta`, `unit`, `neighbours`, `against` (each adversary with its epsilon, or "infinite", and a caveat),
@@ -90,7 +94,8 @@ def statement(plan: PrivacyPlan, *, seeded: bool, rounds: int | None = None) -> 
     if plan.matrix is not None:
         counted = _WHOLE
     number = plan.rounds if rounds is None else rounds
-    accounted = _account(plan, number)
+    evaluated = plan.evaluations(number if committed is None else committed)
+    accounted = _account(plan, number if committed is None else committed, number)
     epsilon, accountant = accounted.reported.epsilon, accounted.reported.accountant
     against = [
         {
@@ -118,6 +123,7 @@ def statement(plan: PrivacyPlan, *, seeded: bool, rounds: int | None = None) -> 
         "rounds": number,
         "counted": counted,
         "releases": number * plan.steps,
+        **({} if plan.evaluation is None else _evaluation(plan.evaluation, evaluated)),
         "sampling": sampling_in_words(plan),
         "noise_multiplier": plan.noise_multiplier,
         **_clip(plan),
@@ -187,6 +193,11 @@ def lines(value: Mapping[str, Any]) -> Iterator[str]:
     yield f"privacy: {headline(value)}"
     clip = f"clip {value['clip_l2']:g}" + (f" at first ({value['clipping']})" if value["clipping"] != "fixed" else "")
     yield f"  noise multiplier {value['noise_multiplier']:.4f}, {clip}; {value['sampling']}"
+    if value.get("evaluations"):
+        yield (
+            f"  and {value['evaluations']} evaluations of test rows by noisy sums, noise multiplier "
+            f"{value['evaluation_noise']:.4f}: in this epsilon too"
+        )
     others = "".join(f"; {o['epsilon']:.4f} by {o['accountant']}" for o in value["other_accountants"])
     yield f"  by {value['accountant']}{others}; counted: {value['counted']}"
     groups: dict[tuple[str, str], list[str]] = {}
@@ -219,10 +230,14 @@ def sampling_in_words(plan: PrivacyPlan) -> str:
 
 
 @lru_cache(maxsize=64)
-def _account(plan: PrivacyPlan, rounds: int) -> Accounted:
+def _account(plan: PrivacyPlan, committed: int, attempts: int) -> Accounted:
     from fedlearn.privacy.accounting import account
 
-    return account(plan.cost(rounds), plan.delta)
+    return account(plan.whole_cost(committed, attempts), plan.delta)
+
+
+def _evaluation(evaluation: Evaluation, times: int) -> dict[str, Any]:
+    return {"evaluations": times, "evaluation_noise": evaluation.noise_multiplier}
 
 
 def _clip(plan: PrivacyPlan) -> dict[str, Any]:

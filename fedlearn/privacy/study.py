@@ -13,6 +13,7 @@ from fedlearn.privacy.ftrl import Banded
 from fedlearn.privacy.plan import (
     AdaptiveClip,
     Clipping,
+    Evaluation,
     Everyone,
     FixedClip,
     FixedCohort,
@@ -47,11 +48,14 @@ def plan_of(study: Study) -> PrivacyPlan | None:
     """
     if study.privacy is None:
         return None
-    return _plan(study.privacy, study.rounds, study.cohort.size, study.cohort.rate, study.data.clients)
+    cohort, every = study.cohort, study.evaluate.every
+    return _plan(study.privacy, study.rounds, cohort.size, cohort.rate, study.data.clients, every)
 
 
 @lru_cache(maxsize=64)
-def _plan(table: PrivacyTable, rounds: int, size: int | None, rate: float | None, clients: int | None) -> PrivacyPlan:
+def _plan(
+    table: PrivacyTable, rounds: int, size: int | None, rate: float | None, clients: int | None, every: int
+) -> PrivacyPlan:
     unit = Unit(table.unit)
     units = table.units
     if units is None:
@@ -75,6 +79,7 @@ def _plan(table: PrivacyTable, rounds: int, size: int | None, rate: float | None
         rounds,
         1 if unit is Unit.CLIENT else table.steps,
         _matrix(table, rounds) if table.mechanism == "ftrl" else None,
+        None if table.evaluation_noise is None else Evaluation(table.evaluation_noise, every),
     )
     if table.epsilon is None:
         return plan

@@ -33,8 +33,8 @@ def rounds_shown(rounds: int, most: int = 8) -> list[int]:
 
 
 def curve(plan: PrivacyPlan, rounds: Sequence[int]) -> list[tuple[int, float, float]]:
-    """(round, reported epsilon, Rényi bound) after each of the rounds. On a coarse grid: at most a few 1e-4 above the exact one."""
-    return [(number, _epsilon(plan, number), rdp_epsilon(plan.cost(number), plan.delta)) for number in rounds]
+    """(round, reported epsilon, Rényi bound) after each of the rounds, evaluations included. On a coarse grid: at most a few 1e-4 above the exact one."""
+    return [(number, _epsilon(plan, number), rdp_epsilon(plan.whole_cost(number), plan.delta)) for number in rounds]
 
 
 def alternatives(plan: PrivacyPlan) -> list[Alternative]:
@@ -73,7 +73,7 @@ def draw(plan: PrivacyPlan, path: Path) -> None:
 
 
 def _epsilon(plan: PrivacyPlan, rounds: int) -> float:
-    cost = plan.cost(rounds)
+    cost = plan.whole_cost(rounds)
     bound = rdp_epsilon(cost, plan.delta)
     return pld_epsilon(cost, plan.delta, grid=10 * PLD_GRID) if has_pld(cost) and bound <= LARGEST_EPSILON else bound
 
