@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from client import sandbox
 from client.accounts import Accounts, ledger_folder, signing_key
 from client.crew import Crew
+from client.flower_masks import BY_AGENT
 from client.masking import Masking
 from client.policy import SiteRules, load_rules
 from client.process import WorkerRaisedError
@@ -24,8 +25,8 @@ from fedlearn.link.enrolment import CertificateEnrolment, identity_of
 from fedlearn.link.tls import Role
 from fedlearn.lock import FolderLock
 from fedlearn.privacy.budget import EpsilonCharger
-from fedlearn.release.charge import CostCharger
 from fedlearn.privacy.ledger_file import LEDGERS
+from fedlearn.release.charge import CostCharger
 from fedlearn.release.records import SitePolicy
 from fedlearn.release.site import SiteGate
 from fedlearn.release.sqlite import SqliteJournal
@@ -115,7 +116,7 @@ def site_rules(options: AgentOptions, app: App) -> SiteRules:
 
 def node_config(options: AgentOptions, name: str) -> dict[str, Any]:
     """What the app is told of this site."""
-    config: dict[str, Any] = {"client-id": name, "device": options.device}
+    config: dict[str, Any] = {"client-id": name, "device": options.device, BY_AGENT: True}
     if options.data is not None:
         config["data"] = str(options.data.resolve())
     if options.threads is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client import flower_masks
 from fedlearn.app import app_of
 from fedlearn.data.population import build_population, site_population
 from fedlearn.errors import DataError, RemoteProtocolError
@@ -86,7 +87,28 @@ def train(message: Message, context: Context) -> Message:
         memory.candidates[request.round, request.attempt] = result.state
         _write_memory(context.state, memory)
     update = apply_on_client(chain_of(site.study, request.shared), result.update)
+    if site.study.secure_aggregation.enabled and not context.node_config.get(flower_masks.BY_AGENT, False):
+        masks = flower_masks.FlowerMasks(context, site.study, site.client)
+        return Message(masks.masked(request, site.strategy, update), reply_to=message)
     return Message(messages.encode_update(update), reply_to=message)
+
+
+@app.query("check_in")
+def check_in(message: Message, context: Context) -> Message:
+    """Secure aggregation on stock Flower: public keys for an attempt. An agent answers this one itself, as the next two."""
+    return _keyed(message, context)
+
+
+@app.query("share")
+def share(message: Message, context: Context) -> Message:
+    """Secure aggregation on stock Flower: shares of this client's keys for the others."""
+    return _keyed(message, context)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Secure aggregation on stock Flower: what opens the sum."""
+    return _keyed(message, context)
 
 
 @app.evaluate()
@@ -110,6 +132,12 @@ def evaluate(message: Message, context: Context) -> Message:
         site.task, site.model, site.study.train, site.data.test, weights, site.study.evaluate.batch_size
     )
     return Message(messages.encode_scores(metrics, len(site.data.test)), reply_to=message)
+
+
+def _keyed(message: Message, context: Context) -> Message:
+    request = messages.decode_facts(message.content)
+    site = _site(request.study, context)
+    return Message(flower_masks.FlowerMasks(context, site.study, site.client).answer(request), reply_to=message)
 
 
 def _site(study_json: str, context: Context) -> Site:

@@ -69,6 +69,8 @@ def main(grid: Grid, context: Context) -> None:
     strategy = own.strategy(study.strategy.name, study.strategy.options)
     initial = initial_weights(task, study)
     journal = runtime.journal if runtime is not None else DictJournal()
+    authority = str(context.run_config.get("authority", ""))
+    authority_pem = runtime.authority_pem if runtime is not None else Path(authority).read_bytes() if authority else b""
     federation = Federation(
         study,
         run,
@@ -79,7 +81,7 @@ def main(grid: Grid, context: Context) -> None:
         metric=task.card.metric,
         emit=runtime.emit if runtime is not None else _log_event,
         should_stop=runtime.should_stop if runtime is not None else lambda: False,
-        secure=_secure(study, run, strategy, initial, backend, journal, runtime),
+        secure=_secure(study, run, strategy, initial, backend, journal, authority_pem),
     )
     clock = SystemClock()
     started_s = clock.monotonic()
@@ -97,17 +99,16 @@ def _secure(
     initial: Arrays,
     backend: GridBackend,
     journal: Journal,
-    runtime: RunRuntime | None,
+    authority_pem: bytes,
 ) -> SecureRounds | None:
-    """The rounds' masks where the study asks for them. Clients are whom the coordinator's authority certifies; on stock Flower whoever says so."""
+    """The rounds' masks where the study asks for them. Clients are whom the authority certifies; without one, whoever says so."""
     if not study.secure_aggregation.enabled:
         return None
     from fedlearn.learning.masked import MaskedRounds
     from fedlearn.link.enrolment import CertificateEnrolment
     from fedlearn.secagg.enrolment import Declared
 
-    certified = runtime is not None and bool(runtime.authority_pem)
-    enrolment = CertificateEnrolment(runtime.authority_pem) if runtime is not None and certified else Declared()
+    enrolment = CertificateEnrolment(authority_pem) if authority_pem else Declared()
     return MaskedRounds(study, run, strategy, initial, backend, journal, enrolment)
 
 

@@ -187,6 +187,12 @@ class ClientRound:
         self._state = ClientState.MASKED
         return Masked(signature, pack(masked, encoding.ring_bits))
 
+    def skip_masking(self) -> None:
+        """The vector was masked and sent by this client in another process: go on to where the survivors are taken."""
+        self._expect(ClientState.READY)
+        self._drop("_mask_key", "_seed")
+        self._state = ClientState.MASKED
+
     def abandon(self) -> None:
         """Give up: drop every secret and answer nothing more."""
         self._drop(*SECRETS)

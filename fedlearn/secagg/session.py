@@ -109,6 +109,17 @@ class MaskingSession:
             mine.round.receive(_from_server(delivery))
             return to_bytes(mine.round.mask(vector, threads=threads))
 
+    def skip_masking(self, at: AttemptId, delivery: bytes) -> None:
+        """Go on to where `mask` led, in a process that is gone: the vector has left, and what is left to do is to open the sum.
+
+        Raises:
+            SecureAggregationError: the delivery is refused, or this client holds no keys of the attempt.
+        """
+        with self._lock:
+            mine = self._need(at)
+            mine.round.receive(_from_server(delivery))
+            mine.round.skip_masking()
+
     def open(self, at: AttemptId, survivors: bytes) -> bytes:
         """This client's shares that open the sum over these survivors; its secrets of the attempt are gone then.
 

@@ -10,6 +10,7 @@ from flwr.app import Message
 
 from client.agent import site_masking
 from client.app import app as client_app
+from client.flower_masks import BY_AGENT
 from client.frames import Frame
 from client.policy import SiteRules
 from client.site import Site
@@ -72,5 +73,5 @@ class DeskSites:
         app = load_app()
         rules = SiteRules().with_defaults(self._task, app.digest)
         gate = SiteGate(MemoryJournal(self._disks[name]), CostCharger({}))
-        config = {"client-id": name, "device": "cpu"}
+        config = {"client-id": name, "device": "cpu", BY_AGENT: True}
         self._sites[name] = Site(Desk(), rules, gate, config, None, site_masking(self._bundles[name], app))

@@ -57,6 +57,7 @@ def run_server_app(
     client_name: Callable[[int], str] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     run: Run | None = None,
+    authority_pem: bytes = b"",
 ) -> Run:
     """Run the real ServerApp on a study to its end."""
     run = run if run is not None else Run()
@@ -70,6 +71,7 @@ def run_server_app(
         journal if journal is not None else DictJournal(),
         should_stop,
         client_name if client_name is not None else named.__getitem__,
+        authority_pem=authority_pem,
     )
     server_app(grid, Context(RUN_ID, 1, {}, RecordDict(), {}))
     return run
