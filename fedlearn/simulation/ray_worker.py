@@ -45,7 +45,7 @@ class Setup:
         task: reads and prepares.
         examples: everybody's.
         rows: client to its row numbers.
-        split: the population's seed, folds and fold.
+        split: the population's seed, folds and fold, and whether units are split.
     """
 
     study: Study
@@ -55,7 +55,7 @@ class Setup:
     task: Task
     examples: Examples = field(repr=False)
     rows: Mapping[str, Any] = field(repr=False)
-    split: tuple[int, int, int]
+    split: tuple[int, int, int, bool]
 
     @classmethod
     def of(cls, study: Study, population: Population, strategy: Strategy, device: str) -> Setup:
@@ -68,7 +68,7 @@ class Setup:
             population.task,
             population.examples,
             population.rows,
-            (population.seed, population.folds, population.fold),
+            (population.seed, population.folds, population.fold, population.by_unit),
         )
 
     def population(self) -> Population:

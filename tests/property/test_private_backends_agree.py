@@ -41,7 +41,7 @@ def _one_thread():
 
 
 def check(kind, strategy, model, precision, sizes, *more, block=4, workers=2):
-    if kind == "record adaptive":
+    if kind in {"record adaptive", "group adaptive"}:
         precision = "float64"
     study = ragged_study(
         f"strategy.name={strategy}",

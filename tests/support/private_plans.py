@@ -24,11 +24,13 @@ ADAPTIVE: Final = ("privacy.clipping=adaptive", "privacy.clip_rate=0.7")
 PLANS: Final = {
     "record": RECORD,
     "record adaptive": (*RECORD, *ADAPTIVE),
+    "group adaptive": (*RECORD[1:], *ADAPTIVE, "privacy.unit=group", "privacy.group=owner"),
     "client": CLIENT,
     "client adaptive": (*CLIENT, *ADAPTIVE),
     "client cohort adaptive": (*CLIENT, *ADAPTIVE, "cohort.size=9"),
     "client poisson": (*CLIENT, "cohort.rate=0.4"),
     "client poisson adaptive": (*CLIENT, *ADAPTIVE, "cohort.rate=0.4"),
+    "client ftrl": (*CLIENT, "privacy.mechanism=ftrl", "privacy.min_separation=2", "cohort.size=4"),
     "client nobody": (*CLIENT, *ADAPTIVE, "cohort.rate=1e-9"),
 }
 """By name. For nine clients or more."""

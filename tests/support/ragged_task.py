@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -85,10 +85,11 @@ MODELS = {
 
 @dataclass(frozen=True)
 class RaggedTask(Task):
-    """One client for each entry of `sizes`, with so many examples."""
+    """One client for each entry of `sizes`, with so many examples; where it is asked whose they are, three in a row are one owner's."""
 
     model_name: str = "tabular"
     sizes: tuple[int, ...] = (5, 1, 9, 4, 12, 3, 7, 2, 6, 8)
+    owned: bool = False
 
     name: ClassVar[str] = NAME
     card: ClassVar[TaskCard] = TaskCard("ragged", "made here", "none", True, "a number", "accuracy", "included")
@@ -97,12 +98,16 @@ class RaggedTask(Task):
         generator = seeds.numpy_generator(3, "ragged")
         client = np.repeat([f"c{i:03d}" for i in range(len(self.sizes))], self.sizes)
         count = len(client)
+        owners = np.array([f"owner {i // 3}" for i in range(count)]) if self.owned else None
         if self.model_name in {"lstm", "transformer"}:
             tokens = generator.integers(0, TOKENS, size=(count, 5))
-            return Examples(tokens[:, :-1].copy(), tokens[:, 1:].copy(), client)
+            return Examples(tokens[:, :-1].copy(), tokens[:, 1:].copy(), client, owners)
         shape = (1, 6, 6) if self.model_name in {"cnn", "wide cnn"} else (6,)
         x = generator.normal(size=(count, *shape)).astype(np.float32)
-        return Examples(x, generator.integers(0, 3, size=count), client)
+        return Examples(x, generator.integers(0, 3, size=count), client, owners)
+
+    def for_units(self, group=""):
+        return replace(self, owned=bool(group))
 
     def model(self):
         return MODELS[self.model_name]()
