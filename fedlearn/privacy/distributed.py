@@ -118,7 +118,9 @@ class DistributedPlan:
                     raise
                 continue
             return Plan(
-                *(encoding, self.adversarial, self.dropout, self.minimum, self.suite, self.profile), self.digest()
+                *(encoding, self.adversarial, self.dropout, self.minimum, self.suite, self.profile),
+                privacy=self.digest(),
+                surplus=self.levels,
             )
         raise AssertionError("unreachable: the last width returns or raises")
 
@@ -204,7 +206,7 @@ class DistributedPlan:
             update: float32 or float64, shape (length,). Longer than the clip is scaled down; not finite is refused.
             rotation_key: 32 bytes, public and equal for all clients of an attempt: see `rotation_key_of`.
             draw: `os.urandom`, or a `SeededDraw` where nothing is private.
-            surplus_key: 32 secret bytes whose shares the holders have (`Surplus.share`); with levels only.
+            surplus_key: `ClientRound.surplus_key`, whose shares the holders have; with levels only.
 
         Returns:
             Shape (length + 1,), unsigned; the last is 1: this client counts once.
@@ -243,7 +245,7 @@ class DistributedPlan:
         Args:
             total: `ServerRound.total`.
             rotation_key: that the clients used.
-            opened: keys of surplus noise that the holders opened, of the highest level that the survivors reach.
+            opened: `ServerRound.surplus_keys`.
 
         Raises:
             UpdateError: it is another plan's, or a sum of no possible number of clients.

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64learn/proto/secagg.proto\x12\x12\x66\x65\x64learn.secagg.v1\"\xbc\x04\n\x08\x45nvelope\x12\x0f\n\x07version\x18\x01 \x01(\r\x12/\n\x08\x63heck_in\x18\x02 \x01(\x0b\x32\x1b.fedlearn.secagg.v1.CheckInH\x00\x12,\n\x06roster\x18\x03 \x01(\x0b\x32\x1a.fedlearn.secagg.v1.RosterH\x00\x12,\n\x06reveal\x18\x04 \x01(\x0b\x32\x1a.fedlearn.secagg.v1.RevealH\x00\x12.\n\x07reveals\x18\x05 \x01(\x0b\x32\x1b.fedlearn.secagg.v1.RevealsH\x00\x12,\n\x06shares\x18\x06 \x01(\x0b\x32\x1a.fedlearn.secagg.v1.SharesH\x00\x12\x30\n\x08\x64\x65livery\x18\x07 \x01(\x0b\x32\x1c.fedlearn.secagg.v1.DeliveryH\x00\x12,\n\x06masked\x18\x08 \x01(\x0b\x32\x1a.fedlearn.secagg.v1.MaskedH\x00\x12\x32\n\tsurvivors\x18\t \x01(\x0b\x32\x1d.fedlearn.secagg.v1.SurvivorsH\x00\x12\x32\n\tagreement\x18\n \x01(\x0b\x32\x1d.fedlearn.secagg.v1.AgreementH\x00\x12\x34\n\nagreements\x18\x0b \x01(\x0b\x32\x1e.fedlearn.secagg.v1.AgreementsH\x00\x12.\n\x07opening\x18\x0c \x01(\x0b\x32\x1b.fedlearn.secagg.v1.OpeningH\x00\x42\x06\n\x04kind\"i\n\x07\x43heckIn\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x10\n\x08mask_key\x18\x02 \x01(\x0c\x12\x15\n\rtransport_key\x18\x03 \x01(\x0c\x12\x12\n\ncommitment\x18\x04 \x01(\x0c\x12\x11\n\tsignature\x18\x05 \x01(\x0c\"6\n\x06Roster\x12,\n\x07members\x18\x01 \x03(\x0b\x32\x1b.fedlearn.secagg.v1.CheckIn\"E\n\x05\x45ntry\x12-\n\x08\x63heck_in\x18\x01 \x01(\x0b\x32\x1b.fedlearn.secagg.v1.CheckIn\x12\r\n\x05\x63laim\x18\x02 \x01(\x0c\"5\n\x07\x45ntries\x12*\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x19.fedlearn.secagg.v1.Entry\"\x17\n\x06Reveal\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\x19\n\x07Reveals\x12\x0e\n\x06nonces\x18\x01 \x03(\x0c\"1\n\x06Shares\x12\x17\n\x0fseed_commitment\x18\x01 \x01(\x0c\x12\x0e\n\x06sealed\x18\x02 \x03(\x0c\"+\n\x08\x44\x65livery\x12\x0f\n\x07sharers\x18\x01 \x01(\x0c\x12\x0e\n\x06sealed\x18\x02 \x03(\x0c\"+\n\x06Masked\x12\x11\n\tsignature\x18\x01 \x01(\x0c\x12\x0e\n\x06vector\x18\x02 \x01(\x0c\"2\n\tSurvivors\x12\x11\n\tsurvivors\x18\x01 \x01(\x0c\x12\x12\n\ninclusions\x18\x02 \x03(\x0c\"\x1e\n\tAgreement\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"1\n\nAgreements\x12\x0f\n\x07signers\x18\x01 \x01(\x0c\x12\x12\n\nsignatures\x18\x02 \x03(\x0c\",\n\x07Opening\x12\x0e\n\x06shares\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x98\x01\n\x05Setup\x12/\n\x06stages\x18\x01 \x03(\x0b\x32\x1f.fedlearn.secagg.v1.Setup.Stage\x1a\'\n\x04Kept\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x1a\x35\n\x05Stage\x12,\n\x04kept\x18\x01 \x03(\x0b\x32\x1e.fedlearn.secagg.v1.Setup.Keptb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64learn/proto/secagg.proto\x12\x12\x66\x65\x64learn.secagg.v1\"\xbc\x04\n\x08\x45nvelope\x12\x0f\n\x07version\x18\x01 \x01(\r\x12/\n\x08\x63heck_in\x18\x02 \x01(\x0b\x32\x1b.fedlearn.secagg.v1.CheckInH\x00\x12,\n\x06roster\x18\x03 \x01(\x0b\x32\x1a.fedlearn.secagg.v1.RosterH\x00\x12,\n\x06reveal\x18\x04 \x01(\x0b\x32\x1a.fedlearn.secagg.v1.RevealH\x00\x12.\n\x07reveals\x18\x05 \x01(\x0b\x32\x1b.fedlearn.secagg.v1.RevealsH\x00\x12,\n\x06shares\x18\x06 \x01(\x0b\x32\x1a.fedlearn.secagg.v1.SharesH\x00\x12\x30\n\x08\x64\x65livery\x18\x07 \x01(\x0b\x32\x1c.fedlearn.secagg.v1.DeliveryH\x00\x12,\n\x06masked\x18\x08 \x01(\x0b\x32\x1a.fedlearn.secagg.v1.MaskedH\x00\x12\x32\n\tsurvivors\x18\t \x01(\x0b\x32\x1d.fedlearn.secagg.v1.SurvivorsH\x00\x12\x32\n\tagreement\x18\n \x01(\x0b\x32\x1d.fedlearn.secagg.v1.AgreementH\x00\x12\x34\n\nagreements\x18\x0b \x01(\x0b\x32\x1e.fedlearn.secagg.v1.AgreementsH\x00\x12.\n\x07opening\x18\x0c \x01(\x0b\x32\x1b.fedlearn.secagg.v1.OpeningH\x00\x42\x06\n\x04kind\"i\n\x07\x43heckIn\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x10\n\x08mask_key\x18\x02 \x01(\x0c\x12\x15\n\rtransport_key\x18\x03 \x01(\x0c\x12\x12\n\ncommitment\x18\x04 \x01(\x0c\x12\x11\n\tsignature\x18\x05 \x01(\x0c\"6\n\x06Roster\x12,\n\x07members\x18\x01 \x03(\x0b\x32\x1b.fedlearn.secagg.v1.CheckIn\"E\n\x05\x45ntry\x12-\n\x08\x63heck_in\x18\x01 \x01(\x0b\x32\x1b.fedlearn.secagg.v1.CheckIn\x12\r\n\x05\x63laim\x18\x02 \x01(\x0c\"5\n\x07\x45ntries\x12*\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x19.fedlearn.secagg.v1.Entry\"\x17\n\x06Reveal\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\x19\n\x07Reveals\x12\x0e\n\x06nonces\x18\x01 \x03(\x0c\"I\n\x06Shares\x12\x17\n\x0fseed_commitment\x18\x01 \x01(\x0c\x12\x0e\n\x06sealed\x18\x02 \x03(\x0c\x12\x16\n\x0esurplus_anchor\x18\x03 \x01(\x0c\"+\n\x08\x44\x65livery\x12\x0f\n\x07sharers\x18\x01 \x01(\x0c\x12\x0e\n\x06sealed\x18\x02 \x03(\x0c\"+\n\x06Masked\x12\x11\n\tsignature\x18\x01 \x01(\x0c\x12\x0e\n\x06vector\x18\x02 \x01(\x0c\"2\n\tSurvivors\x12\x11\n\tsurvivors\x18\x01 \x01(\x0c\x12\x12\n\ninclusions\x18\x02 \x03(\x0c\"\x1e\n\tAgreement\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"1\n\nAgreements\x12\x0f\n\x07signers\x18\x01 \x01(\x0c\x12\x12\n\nsignatures\x18\x02 \x03(\x0c\"=\n\x07Opening\x12\x0e\n\x06shares\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0f\n\x07surplus\x18\x03 \x01(\x0c\"\x98\x01\n\x05Setup\x12/\n\x06stages\x18\x01 \x03(\x0b\x32\x1f.fedlearn.secagg.v1.Setup.Stage\x1a\'\n\x04Kept\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x1a\x35\n\x05Stage\x12,\n\x04kept\x18\x01 \x03(\x0b\x32\x1e.fedlearn.secagg.v1.Setup.Keptb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,23 +46,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REVEALS']._serialized_start=940
   _globals['_REVEALS']._serialized_end=965
   _globals['_SHARES']._serialized_start=967
-  _globals['_SHARES']._serialized_end=1016
-  _globals['_DELIVERY']._serialized_start=1018
-  _globals['_DELIVERY']._serialized_end=1061
-  _globals['_MASKED']._serialized_start=1063
-  _globals['_MASKED']._serialized_end=1106
-  _globals['_SURVIVORS']._serialized_start=1108
-  _globals['_SURVIVORS']._serialized_end=1158
-  _globals['_AGREEMENT']._serialized_start=1160
-  _globals['_AGREEMENT']._serialized_end=1190
-  _globals['_AGREEMENTS']._serialized_start=1192
-  _globals['_AGREEMENTS']._serialized_end=1241
-  _globals['_OPENING']._serialized_start=1243
-  _globals['_OPENING']._serialized_end=1287
-  _globals['_SETUP']._serialized_start=1290
-  _globals['_SETUP']._serialized_end=1442
-  _globals['_SETUP_KEPT']._serialized_start=1348
-  _globals['_SETUP_KEPT']._serialized_end=1387
-  _globals['_SETUP_STAGE']._serialized_start=1389
-  _globals['_SETUP_STAGE']._serialized_end=1442
+  _globals['_SHARES']._serialized_end=1040
+  _globals['_DELIVERY']._serialized_start=1042
+  _globals['_DELIVERY']._serialized_end=1085
+  _globals['_MASKED']._serialized_start=1087
+  _globals['_MASKED']._serialized_end=1130
+  _globals['_SURVIVORS']._serialized_start=1132
+  _globals['_SURVIVORS']._serialized_end=1182
+  _globals['_AGREEMENT']._serialized_start=1184
+  _globals['_AGREEMENT']._serialized_end=1214
+  _globals['_AGREEMENTS']._serialized_start=1216
+  _globals['_AGREEMENTS']._serialized_end=1265
+  _globals['_OPENING']._serialized_start=1267
+  _globals['_OPENING']._serialized_end=1328
+  _globals['_SETUP']._serialized_start=1331
+  _globals['_SETUP']._serialized_end=1483
+  _globals['_SETUP_KEPT']._serialized_start=1389
+  _globals['_SETUP_KEPT']._serialized_end=1428
+  _globals['_SETUP_STAGE']._serialized_start=1430
+  _globals['_SETUP_STAGE']._serialized_end=1483
 # @@protoc_insertion_point(module_scope)

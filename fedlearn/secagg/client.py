@@ -39,6 +39,7 @@ from fedlearn.secagg.plan import CheckIn, Terms, graph_of, nonce_commitment, tra
 from fedlearn.secagg.primitives import SECRET_BYTES, Draw, KeyPair, agreement, derive, new_key, seal, sign, unseal
 from fedlearn.secagg.ring import Vector, dtype_of, pack
 from fedlearn.secagg.shamir import SHARE_BYTES, check_share, split
+from fedlearn.secagg.surplus import anchor_of, share_keys
 
 
 @unique
@@ -64,7 +65,7 @@ EXPECTED: Final[Mapping[ClientState, type]] = {
     ClientState.AGREED: Agreements,
 }
 """The one message of the server that each state takes."""
-SECRETS: Final = ("_mask_key", "_transport_key", "_nonce", "_seed", "_held", "_channels")
+SECRETS: Final = ("_mask_key", "_transport_key", "_nonce", "_seed", "_surplus", "_held", "_channels")
 """The attributes that hold a secret of this attempt; each goes as soon as it is needed no more."""
 
 
@@ -163,6 +164,12 @@ class ClientRound:
         self._answered[type(message)] = (message, answer)
         return answer
 
+    @property
+    def surplus_key(self) -> bytes | None:
+        """Where the plan takes surplus noise off: the secret key of this client's, for `DistributedPlan.encode`, until the update is masked."""
+        self._expect(ClientState.READY)
+        return self._surplus if self._terms.plan.surplus else None
+
     def mask(self, vector: Vector, *, threads: int = 1) -> Masked:
         """The update under its masks. Once only: what is sent is stored by the caller, and sent again as it is.
 
@@ -183,7 +190,7 @@ class ClientRound:
         masked = vector.copy()
         apply_masks(masked, plus, minus, suite=self._suite, threads=threads)
         signature = self._sign(self._transcript.inclusion(me, self._sharers, len(self._members)))
-        self._drop("_mask_key", "_seed")
+        self._drop("_mask_key", "_seed", "_surplus")
         self._state = ClientState.MASKED
         return Masked(signature, pack(masked, encoding.ring_bits))
 
@@ -244,20 +251,27 @@ class ClientRound:
         self._seed = self._draw(SECRET_BYTES)
         seeds = dict(zip(holders, split(self._seed, graph.threshold, len(holders), self._draw), strict=True))
         keys = dict(zip(holders, split(self._mask_key.secret, graph.threshold, len(holders), self._draw), strict=True))
-        self._held = {me: (seeds[me], b"")} if graph.parameters.complete else {}
+        levels = len(self._terms.plan.surplus)
+        more, anchor = dict.fromkeys(holders, b""), b""
+        if levels:
+            self._surplus = self._draw(SECRET_BYTES)
+            anchor = anchor_of(self._surplus, levels)
+            surplus = share_keys(self._surplus, levels, graph.threshold, len(holders), self._draw)
+            more = dict(zip(holders, surplus, strict=True))
+        self._held = {me: (seeds[me], b"", *_pieces(more[me]))} if graph.parameters.complete else {}
         secret_of = agreement(self._suite, self._transport_key.secret)
         self._channels = {j: secret_of(self._members[j].transport_key) for j in graph.neighbours(me)}
         sealed = tuple(
             seal(
                 derive(shared, self._transcript.share_key(me, j)),
-                seeds[j] + keys[j],
+                seeds[j] + keys[j] + more[j],
                 self._transcript.share_data(me, j),
             )
             for j, shared in self._channels.items()
         )
         self._drop("_transport_key", "_nonce")
         self._state = ClientState.SHARED
-        return Shares(self._transcript.seed_commitment(me, self._seed), sealed)
+        return Shares(self._transcript.seed_commitment(me, self._seed), sealed, anchor)
 
     def _on_delivery(self, message: Delivery) -> None:
         me, t, sharers = self._index, self._transcript, message.sharers
@@ -266,8 +280,9 @@ class ClientRound:
         senders = list(members_of(sharers & self._neighbours))
         checks.count(len(message.sealed), len(senders), "sealed shares")
         for j, sealed in zip(senders, message.sealed, strict=True):
-            both = unseal(derive(self._channels[j], t.share_key(j, me)), sealed, t.share_data(j, me))
-            self._held[j] = (check_share(both[:SHARE_BYTES]), check_share(both[SHARE_BYTES:]))
+            pieces = _pieces(unseal(derive(self._channels[j], t.share_key(j, me)), sealed, t.share_data(j, me)))
+            checks.count(len(pieces), 2 + len(self._terms.plan.surplus), "shares in a ciphertext")
+            self._held[j] = tuple(check_share(piece) for piece in pieces)
         checks.enough(
             (sharers & self._graph.holder_set(me)).bit_count(), self._graph.threshold, "sharers around this client"
         )
@@ -297,11 +312,16 @@ class ClientRound:
         return self._open()
 
     def _open(self) -> Opening:
-        """One kind of share for each: the seed's where the vector is in the sum, else the key's; then no secret is left here."""
-        owners = members_of(self._sharers & to_bits(tuple(self._held)))
+        """One kind of share for each, and of surplus noise the reached level's; then no secret is left here.
+
+        Where the vector is in the sum it is the seed's share, else the key's.
+        """
+        owners = list(members_of(self._sharers & to_bits(tuple(self._held))))
         shares = tuple(self._held[j][0 if self._survivors >> j & 1 else 1] for j in owners)
-        signed = self._transcript.opening(self._index, self._survivors, len(self._members), shares)
-        opening = Opening(shares, self._sign(signed))
+        level = self._terms.plan.level(self._survivors.bit_count())
+        surplus = tuple(self._held[j][1 + level] for j in owners if level and self._survivors >> j & 1)
+        signed = self._transcript.opening(self._index, self._survivors, len(self._members), (*shares, *surplus))
+        opening = Opening(shares, self._sign(signed), surplus)
         self._drop("_held")
         self._state = ClientState.OPENED
         return opening
@@ -320,3 +340,8 @@ class ClientRound:
     def _expect(self, state: ClientState) -> None:
         if self._state is not state:
             raise LocalProtocolError(f"secure aggregation: state {self._state.value}, expected {state.value}")
+
+
+def _pieces(data: bytes) -> tuple[bytes, ...]:
+    """The shares of one plaintext: a seed's, a key's, and one for each level of surplus noise."""
+    return tuple(data[i : i + SHARE_BYTES] for i in range(0, len(data), SHARE_BYTES))

@@ -30,7 +30,7 @@ from fedlearn.secagg.messages import (
     to_bytes,
 )
 from fedlearn.secagg.plan import DIGEST_BYTES, CheckIn, Plan, Terms
-from fedlearn.secagg.primitives import KeyPair, agreement, derive, new_identity, new_key, sign, verified
+from fedlearn.secagg.primitives import KEY_BYTES, KeyPair, agreement, derive, new_identity, new_key, sign, verified
 from fedlearn.secagg.quantize import Encoding
 from fedlearn.secagg.ring import dtype_of
 from fedlearn.secagg.shamir import SHARE_BYTES, split
@@ -123,11 +123,12 @@ def sizes(plan: Plan, found: Parameters) -> Sizes:
     n, k, key = found.clients, found.degree, plan.suite.public_bytes
     signature, everybody = bytes(72 if key == 33 else 64), (1 << found.clients) - 1
     check_in = CheckIn("x" * _NAME_BYTES, bytes(key), bytes(key), bytes(DIGEST_BYTES), signature)
-    sealed = (bytes(SEALED_BYTES),) * k
+    sealed = (bytes(SEALED_BYTES + SHARE_BYTES * len(plan.surplus)),) * k
+    surplus = (bytes(SHARE_BYTES),) * (found.holders if plan.surplus else 0)
     up: list[Message] = [
         check_in,
-        Shares(bytes(DIGEST_BYTES), sealed),
-        Opening((bytes(SHARE_BYTES),) * found.holders, signature),
+        Shares(bytes(DIGEST_BYTES), sealed, bytes(KEY_BYTES if plan.surplus else 0)),
+        Opening((bytes(SHARE_BYTES),) * found.holders, signature, surplus),
     ]
     down: list[Message] = [Roster((check_in,) * n), Delivery(everybody, sealed), Survivors(everybody, (signature,) * k)]
     if not found.complete:

@@ -15,12 +15,12 @@ from fedlearn.proto import secagg_pb2 as pb
 from fedlearn.release.keys import NAME_LIMIT_BYTES
 from fedlearn.secagg.breach import Breach, SecureAggregationError
 from fedlearn.secagg.graph import CLIENTS_LIMIT
-from fedlearn.secagg.plan import DIGEST_BYTES, VERSION, CheckIn
-from fedlearn.secagg.primitives import TAG_BYTES
+from fedlearn.secagg.plan import DIGEST_BYTES, LEVELS_LIMIT, VERSION, CheckIn
+from fedlearn.secagg.primitives import KEY_BYTES, TAG_BYTES
 from fedlearn.secagg.shamir import SHARE_BYTES
 
 SEALED_BYTES: Final = 2 * SHARE_BYTES + TAG_BYTES
-"""Both shares for one neighbour, sealed."""
+"""Both shares for one neighbour, sealed; with surplus noise one more for each level."""
 SIGNATURE_LIMIT_BYTES: Final = 72
 KEY_LIMIT_BYTES: Final = 33
 NONCE_BYTES: Final = 32
@@ -53,10 +53,11 @@ class Reveals:
 
 @dataclass(frozen=True)
 class Shares:
-    """Client: a commitment to its own mask's seed, and one sealed pair of shares for each neighbour."""
+    """Client: a commitment to its own mask's seed, one sealed pair of shares for each neighbour, and what its surplus noise's keys lead to."""
 
     seed_commitment: bytes
     sealed: tuple[bytes, ...] = field(repr=False)
+    surplus_anchor: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,11 @@ class Agreements:
 
 @dataclass(frozen=True)
 class Opening:
-    """Client: one share, of one kind, for each sharer whose secrets it holds shares of; signed."""
+    """Client: one share, of one kind, for each sharer whose secrets it holds shares of, and one of each survivor's surplus noise; signed."""
 
     shares: tuple[bytes, ...] = field(repr=False)
     signature: bytes
+    surplus: tuple[bytes, ...] = field(default=(), repr=False)
 
 
 FromClient = CheckIn | Reveal | Shares | Masked | Agreement | Opening
@@ -124,6 +126,7 @@ _NAMES: Final[dict[type, str]] = {
     Opening: "opening",
 }
 _SETS: Final = frozenset({"sharers", "survivors", "signers"})
+_JOINED: Final = frozenset({"shares", "surplus"})
 _SIZES: Final = {
     "client": (1, NAME_LIMIT_BYTES),
     "mask_key": (32, KEY_LIMIT_BYTES),
@@ -135,7 +138,9 @@ _SIZES: Final = {
     "inclusions": (1, SIGNATURE_LIMIT_BYTES),
     "nonce": (NONCE_BYTES, NONCE_BYTES),
     "nonces": (0, NONCE_BYTES),
-    "sealed": (SEALED_BYTES, SEALED_BYTES),
+    "sealed": (SEALED_BYTES, SEALED_BYTES + LEVELS_LIMIT * SHARE_BYTES),
+    "surplus_anchor": (0, KEY_BYTES),
+    "surplus": (0, SHARE_BYTES * CLIENTS_LIMIT),
     "sharers": (1, BITMAP_LIMIT_BYTES),
     "survivors": (1, BITMAP_LIMIT_BYTES),
     "signers": (1, BITMAP_LIMIT_BYTES),
@@ -161,8 +166,8 @@ def fill(target: Any, message: Any) -> None:
                 fill(target.members.add(), member)
         elif name in _SETS:
             setattr(target, name, value.to_bytes(-(-value.bit_length() // 8) or 1, "little"))
-        elif isinstance(message, Opening) and name == "shares":
-            target.shares = b"".join(value)
+        elif isinstance(message, Opening) and name in _JOINED:
+            setattr(target, name, b"".join(value))
         elif isinstance(value, tuple):
             getattr(target, name).extend(value)
         else:
@@ -201,9 +206,9 @@ def from_fields(kind: type, source: Any) -> Any:
         value = getattr(source, name)
         if name == "members":
             values[name] = tuple(from_fields(CheckIn, member) for member in _counted(name, value))
-        elif kind is Opening and name == "shares":
+        elif kind is Opening and name in _JOINED:
             if len(value) % SHARE_BYTES:
-                raise _malformed(f"shares of {len(value)} bytes, expected a multiple of {SHARE_BYTES}")
+                raise _malformed(f"{name} of {len(value)} bytes, expected a multiple of {SHARE_BYTES}")
             _sized(name, value)
             values[name] = tuple(value[i : i + SHARE_BYTES] for i in range(0, len(value), SHARE_BYTES))
         elif isinstance(value, bytes | str):

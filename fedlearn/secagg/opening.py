@@ -7,8 +7,9 @@ tried, and who gave the false ones is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from fedlearn.secagg.breach import Breach, SecureAggregationError
 from fedlearn.secagg.graph import Graph, members_of
@@ -17,6 +18,7 @@ from fedlearn.secagg.plan import CheckIn, Transcript
 from fedlearn.secagg.primitives import Suite, agreement, derive, key_of_secret
 from fedlearn.secagg.ring import Vector
 from fedlearn.secagg.shamir import check_share, combine, liars, subsets
+from fedlearn.secagg.surplus import anchor_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Attempted:
         sharers: who shared keys, as a set of bits.
         survivors: whose vectors are in the sum.
         commitments: each sharer's commitment to its seed.
+        level: of surplus noise that the survivors reach; 0 where none is taken off.
+        anchors: what each sharer's keys of surplus noise must lead to.
     """
 
     suite: Suite
@@ -40,6 +44,8 @@ class Attempted:
     sharers: int
     survivors: int
     commitments: dict[int, bytes] = field(repr=False)
+    level: int = 0
+    anchors: dict[int, bytes] = field(default_factory=dict, repr=False)
 
     def owners(self, holder: int) -> list[int]:
         """Of whose secrets this survivor's opening gives one share each, in the order of the message."""
@@ -57,14 +63,20 @@ class Openings:
     def __init__(self, attempted: Attempted) -> None:
         self._at = attempted
         self._shares: dict[int, dict[int, bytes]] = {i: {} for i in members_of(attempted.sharers)}
+        self._surplus: dict[int, dict[int, bytes]] = {i: {} for i in members_of(attempted.survivors)}
         self._alone = {j for j in members_of(attempted.sharers & ~attempted.survivors) if not self._around(j)}
         self.culprits: set[str] = set()
 
     def __repr__(self) -> str:
         return f"Openings(of {len(self._shares)} clients, {'ready' if self.ready() else 'waiting'})"
 
-    def add(self, holder: int, shares: Sequence[bytes]) -> None:
+    def add(self, holder: int, shares: Sequence[bytes], surplus: Sequence[bytes] = ()) -> None:
         """One survivor's shares.
+
+        Args:
+            holder: who gives them.
+            shares: of every owner's seed or key.
+            surplus: of every surviving owner's key of surplus noise, where a level is reached.
 
         Raises:
             SecureAggregationError: MALFORMED: another number of them. BAD_SHARE: one is out of range. Nothing is used.
@@ -72,8 +84,15 @@ class Openings:
         owners = self._at.owners(holder)
         if len(shares) != len(owners):
             raise SecureAggregationError(Breach.MALFORMED, f"got {len(shares)} shares, expected {len(owners)}")
-        for share in shares:
+        alive = [owner for owner in owners if self._at.level and self._at.survivors >> owner & 1]
+        if len(surplus) != len(alive):
+            raise SecureAggregationError(
+                Breach.MALFORMED, f"got {len(surplus)} shares of surplus noise, expected {len(alive)}"
+            )
+        for share in (*shares, *surplus):
             check_share(share)
+        for owner, share in zip(alive, surplus, strict=True):
+            self._surplus[owner][self._at.graph.point(owner, holder)] = share
         for owner, share in zip(owners, shares, strict=True):
             self._shares[owner][self._at.graph.point(owner, holder)] = share
 
@@ -90,6 +109,19 @@ class Openings:
         """
         plus, minus = self._masks()
         apply_masks(total, plus, minus, suite=self._at.suite, threads=threads)
+
+    def surplus_keys(self) -> tuple[bytes, ...]:
+        """The survivors' keys of surplus noise, of the level that they reach; without those that false shares or promises hide."""
+        found = []
+        for owner, shares in self._surplus.items() if self._at.level else ():
+            try:
+                found.append(self._secret(owner, "surplus noise's key", shares, partial(self._leads, owner)))
+            except SecureAggregationError as error:  # its noise stays in the sum, which is as good as it was paid for
+                self.culprits |= set(error.culprits)
+        return tuple(found)
+
+    def _leads(self, owner: int, key: bytes) -> bool:
+        return anchor_of(key, self._at.level) == self._at.anchors[owner]
 
     def _masks(self) -> tuple[list[bytes], list[bytes]]:
         """The keys of the streams to add and to take away."""
@@ -110,7 +142,11 @@ class Openings:
 
     def _seed(self, owner: int) -> bytes:
         at = self._at
-        return self._secret(owner, "seed", lambda s: at.transcript.seed_commitment(owner, s) == at.commitments[owner])
+
+        def fits(secret: bytes) -> bool:
+            return at.transcript.seed_commitment(owner, secret) == at.commitments[owner]
+
+        return self._secret(owner, "seed", self._shares[owner], fits)
 
     def _key(self, owner: int) -> bytes:
         at = self._at
@@ -121,10 +157,10 @@ class Openings:
             except SecureAggregationError:
                 return False
 
-        return self._secret(owner, "key", fits)
+        return self._secret(owner, "key", self._shares[owner], fits)
 
-    def _secret(self, owner: int, what: str, fits: Callable[[bytes], bool]) -> bytes:
-        shares, graph = self._shares[owner], self._at.graph
+    def _secret(self, owner: int, what: str, shares: Mapping[int, bytes], fits: Callable[[bytes], bool]) -> bytes:
+        graph = self._at.graph
         for tries, points in enumerate(subsets(list(shares), graph.threshold)):
             secret = combine({x: shares[x] for x in points})
             if secret is None or not fits(secret):

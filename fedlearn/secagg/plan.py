@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, unique
+from itertools import pairwise
 from typing import Final
 
 from fedlearn.errors import StudyError
@@ -20,6 +21,8 @@ from fedlearn.secagg.primitives import Suite
 from fedlearn.secagg.quantize import Encoding
 
 VERSION: Final = 1
+LEVELS_LIMIT: Final = 16
+"""The most levels at which surplus noise is taken off."""
 DIGEST_BYTES: Final = 32
 
 
@@ -45,6 +48,7 @@ class Plan:
         suite: primitives.
         profile: what is assumed of the server.
         privacy: digest of the privacy plan, or empty.
+        surplus: numbers of survivors, rising, from which on a part of every client's noise is opened too, so that it can be taken off the sum.
 
     Raises:
         StudyError: out of range. UnsupportedError: no graph is safe for `encoding.clients` clients.
@@ -57,6 +61,7 @@ class Plan:
     suite: Suite = Suite.X25519_AES256
     profile: Profile = Profile.SEMI_MALICIOUS
     privacy: bytes = b""
+    surplus: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, rate in (("adversarial", self.adversarial), ("dropout", self.dropout)):
@@ -68,7 +73,17 @@ class Plan:
                 f" expected {CLIENTS_LEAST} <= minimum <= clients <= {CLIENTS_LIMIT}",
                 hint="with two clients, each learns the other's update from the sum: there is nothing to protect",
             )
+        bounds = (self.minimum, *self.surplus, self.encoding.clients + 1)
+        if len(self.surplus) > LEVELS_LIMIT or any(low >= high for low, high in pairwise(bounds)):
+            raise StudyError(
+                f"secure aggregation: surplus noise goes at {self.surplus} survivors, expected at most {LEVELS_LIMIT} rising levels"
+                f" above {self.minimum} and up to {self.encoding.clients}"
+            )
         self.parameters(self.encoding.clients)
+
+    def level(self, survivors: int) -> int:
+        """How many levels of surplus noise so many survivors reach."""
+        return sum(survivors >= level for level in self.surplus)
 
     def parameters(self, clients: int) -> Parameters:
         """Degree and threshold for a roster of this size.
@@ -99,7 +114,7 @@ class Plan:
             *(e.length, e.clients, e.ring_bits, e.value_bits, e.weight_cap),
             numbers,
             *(round(self.adversarial * PPM), round(self.dropout * PPM), self.minimum),
-            *(self.suite.value, self.profile.value, self.privacy),
+            *(self.suite.value, self.profile.value, self.privacy, *self.surplus),
         )
 
 

@@ -39,7 +39,7 @@ from fedlearn.secagg.messages import (
 )
 from fedlearn.secagg.opening import Attempted, Openings
 from fedlearn.secagg.plan import CheckIn, Terms, graph_of, nonce_commitment, transcript_of
-from fedlearn.secagg.primitives import verified
+from fedlearn.secagg.primitives import KEY_BYTES, verified
 from fedlearn.secagg.quantize import Decoded
 from fedlearn.secagg.ring import dtype_of, unpack
 
@@ -201,15 +201,28 @@ class ServerRound:
         return tuple(sorted(self._openings.culprits))
 
     @property
+    def surplus_keys(self) -> tuple[bytes, ...]:
+        """Keys of surplus noise that the survivors have opened, for `DistributedPlan.decode`; empty where no level is reached.
+
+        Raises:
+            LocalProtocolError: the sum is not open.
+        """
+        self._expect_opened()
+        return self._openings.surplus_keys()
+
+    @property
     def total(self) -> Decoded:
         """The open sum.
 
         Raises:
             LocalProtocolError: it is not open.
         """
+        self._expect_opened()
+        return self._plan.encoding.decode(self._sum)
+
+    def _expect_opened(self) -> None:
         if self._stage is not Stage.OPENED:
             raise LocalProtocolError(f"secure aggregation: no total, collecting {self._stage.value}")
-        return self._plan.encoding.decode(self._sum)
 
     def _complete(self) -> bool:
         return self._plan.parameters(len(self._members)).complete
@@ -223,6 +236,8 @@ class ServerRound:
                     raise SecureAggregationError(Breach.BAD_NONCE, "the nonce is not what it committed to")
             case Shares():
                 checks.count(len(message.sealed), self._graph.parameters.degree, "sealed shares")
+                anchor_bytes = KEY_BYTES if self._plan.surplus else 0
+                checks.count(len(message.surplus_anchor), anchor_bytes, "bytes of a promise about surplus noise")
             case Masked():
                 signed = self._transcript.inclusion(self._index[client], self._sharers, len(self._members))
                 self._check_signature(client, message.signature, signed)
@@ -233,9 +248,10 @@ class ServerRound:
                 self._check_signature(client, message.signature, signed)
             case Opening():
                 index = self._index[client]
-                signed = self._transcript.opening(index, self._survivors, len(self._members), message.shares)
+                every = (*message.shares, *message.surplus)
+                signed = self._transcript.opening(index, self._survivors, len(self._members), every)
                 self._check_signature(client, message.signature, signed)
-                self._openings.add(index, message.shares)
+                self._openings.add(index, message.shares, message.surplus)
 
     def _check_in(self, client: str, message: CheckIn) -> None:
         if message.client != client:
@@ -308,7 +324,9 @@ class ServerRound:
             if around or survivors >> i & 1:  # nothing is left to open of who vanished with all its neighbours
                 checks.enough(around.bit_count(), self._graph.threshold, "survivors around a client")
         self._survivors = survivors
-        commitments = {self._index[c]: s.seed_commitment for c, s in self._came[Stage.SHARE].items()}
+        shared: dict[str, Shares] = self._came[Stage.SHARE]
+        commitments = {self._index[c]: s.seed_commitment for c, s in shared.items()}
+        anchors = {self._index[c]: s.surplus_anchor for c, s in shared.items()}
         self._openings = Openings(
             Attempted(
                 self._plan.suite,
@@ -318,6 +336,8 @@ class ServerRound:
                 self._sharers,
                 survivors,
                 commitments,
+                self._plan.level(survivors.bit_count()),
+                anchors,
             )
         )
         self._stage = Stage.AGREE if self.agrees else Stage.OPEN

@@ -26,7 +26,44 @@ from fedlearn.errors import StudyError
 from fedlearn.secagg.noise import Noise, add_noise
 from fedlearn.secagg.primitives import Draw, derive
 from fedlearn.secagg.ring import Vector
-from fedlearn.secagg.shamir import combine, split, subsets
+from fedlearn.secagg.shamir import split
+
+
+def level_keys(top: bytes, level: int) -> list[bytes]:
+    """The keys of levels 1 to `level`.
+
+    Args:
+        top: the key of that level: of the highest one for a client, of the one that was opened for the server.
+        level: at least 1.
+    """
+    found = [top]
+    for _ in range(level - 1):
+        found.append(derive(found[-1], b"surplus level below"))
+    return found[::-1]
+
+
+def anchor_of(key: bytes, level: int) -> bytes:
+    """What a client promises about its keys, so that a false share shows: 32 bytes, the same from every level's key.
+
+    Args:
+        key: of that level.
+        level: at least 1.
+    """
+    return derive(level_keys(key, level)[0], b"surplus anchor")
+
+
+def share_keys(top: bytes, levels: int, threshold: int, holders: int, draw: Draw) -> list[bytes]:
+    """What each holder keeps: a share of every level's key, the lowest level first, 33 bytes each.
+
+    Args:
+        top: key of the highest level's part, 32 bytes.
+        levels: how many, at least 1.
+        threshold: shares that open a key.
+        holders: how many.
+        draw: a CSPRNG.
+    """
+    by_level = [split(key, threshold, holders, draw) for key in level_keys(top, levels)]
+    return [b"".join(shares) for shares in zip(*by_level, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -77,18 +114,6 @@ class Surplus:
         """The variance that a client's noise has when the sum is open."""
         return self.added - sum(self.variances[1 : self.reached(survivors) + 1])
 
-    def keys(self, top: bytes, level: int) -> list[bytes]:
-        """The keys of the parts of levels 1 to `level`.
-
-        Args:
-            top: the key of that level: of the highest one for a client, of the one that was opened for the server.
-            level: at least 1.
-        """
-        found = [top]
-        for _ in range(level - 1):
-            found.append(derive(found[-1], b"surplus level below"))
-        return found[::-1]
-
     def add(self, vector: Vector, base: bytes, top: bytes) -> None:
         """All of a client's noise, in place.
 
@@ -97,7 +122,7 @@ class Surplus:
             base: key of the part that stays; nobody else ever has it.
             top: key of the highest level's part.
         """
-        for variance, key in zip(self.variances, [base, *self.keys(top, len(self.levels))], strict=True):
+        for variance, key in zip(self.variances, [base, *level_keys(top, len(self.levels))], strict=True):
             add_noise(vector, Noise.SKELLAM, variance, derive(key, b"surplus part"))
 
     def remove(self, total: Vector, survivors: int, opened: Sequence[bytes]) -> None:
@@ -110,41 +135,5 @@ class Surplus:
         """
         level = self.reached(survivors)
         for top in opened if level else ():
-            for variance, key in zip(self.variances[1:], self.keys(top, level), strict=False):
+            for variance, key in zip(self.variances[1:], level_keys(top, level), strict=False):
                 add_noise(total, Noise.SKELLAM, variance, derive(key, b"surplus part"), sign=-1)
-
-    def share(self, top: bytes, threshold: int, holders: int, draw: Draw) -> list[tuple[bytes, ...]]:
-        """What each holder keeps: a share of every level's key, the lowest level first.
-
-        Args:
-            top: key of the highest level's part, 32 bytes.
-            threshold: shares that open a key.
-            holders: how many.
-            draw: a CSPRNG.
-        """
-        by_level = [split(key, threshold, holders, draw) for key in self.keys(top, len(self.levels))]
-        return list(zip(*by_level, strict=True))
-
-    def anchor(self, top: bytes, level: int) -> bytes:
-        """What a client promises about its keys, so that a false share shows.
-
-        Args:
-            top: the key of that level.
-            level: at least 1.
-        """
-        return derive(self.keys(top, level)[0], b"surplus anchor")
-
-    def opened(self, shares: Mapping[int, bytes], threshold: int, level: int, anchor: bytes) -> bytes | None:
-        """The key of a level from its shares, some of which may be false; None when it cannot be had.
-
-        Args:
-            shares: by holder (1, 2, ...), all that came.
-            threshold: shares that open a key.
-            level: that they are of.
-            anchor: that the client promised.
-        """
-        for points in subsets(list(shares), threshold):
-            key = combine({x: shares[x] for x in points})
-            if key is not None and self.anchor(key, level) == anchor:
-                return key
-        return None

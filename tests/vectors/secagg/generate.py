@@ -23,7 +23,7 @@ from fedlearn.secagg.ring import RING_BITS, pack, to_ring
 from fedlearn.secagg.rotation import rotated
 from fedlearn.secagg.server import Stage
 from fedlearn.secagg.shamir import PRIME, SHARE_BYTES, split
-from fedlearn.secagg.surplus import Surplus
+from fedlearn.secagg.surplus import Surplus, anchor_of, level_keys
 from tests.support.secagg_world import SUBJECT, World, name_of
 
 FOLDER = Path(__file__).parent
@@ -106,8 +106,8 @@ def noise() -> dict[str, Any]:
         "rotation": [round(x, 9) for x in rotated(np.arange(7.0), key).tolist()],
         "surplus": {
             "top": top.hex(),
-            "keys": [one.hex() for one in surplus.keys(top, 2)],
-            "anchor": surplus.anchor(top, 2).hex(),
+            "keys": [one.hex() for one in level_keys(top, 2)],
+            "anchor": anchor_of(top, 2).hex(),
             "added": full,
             "left": hashlib.sha256(vector.tobytes()).hexdigest(),
         },
