@@ -11,6 +11,7 @@ from fedlearn.cli import (
     audit,
     catalogue,
     certs,
+    check_model,
     compare,
     demo,
     ledger,
@@ -204,9 +205,10 @@ add(
 add(
     app,
     "check-model",
-    privacy.check_model,
+    check_model.check_model,
     "Say whether a study's model can train privately.",
     "fedlearn check-model simulations/heart.toml",
+    "fedlearn check-model study.toml --out model.diff",
 )
 app.add_typer(models, name="model")
 app.add_typer(plans, name="privacy")

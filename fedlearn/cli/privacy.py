@@ -1,4 +1,4 @@
-"""`fedlearn privacy plan` and `fedlearn check-model`: what privacy would cost, and whether a model can have it."""
+"""`fedlearn privacy plan`: what privacy would cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import click
 import typer
 
-from fedlearn.cli.options import AppFolder, Data, Debug, Json, Overrides, Rounds
+from fedlearn.cli.options import AppFolder, Debug, Json, Overrides, Rounds
 from fedlearn.cli.output import print_json, print_table
 from fedlearn.errors import StateError, StudyError, UnsupportedError
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fedlearn.study import Study
 
 NOTICE: Final = "A plan on paper: a study of this version cannot ask for privacy, and a run of it is not private."
-EXAMPLES: Final = 4
 
 
 class UnitName(StrEnum):
@@ -132,66 +131,6 @@ def plan(
         ("what if", "rounds", "noise", "drawn", "epsilon"),
     )
     print(f"\n{NOTICE}")
-
-
-def check_model(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or one of fedlearn's own.")],
-    overrides: Overrides = None,
-    data: Data = None,
-    app: AppFolder = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> int:
-    """Say whether a study's model can train under record-level privacy, which layer cannot, and why.
-
-    The model is built and run on a few examples of the task's data. Exit code 14 when it cannot.
-    """
-    del debug
-    import torch
-
-    from fedlearn.app import load_app
-    from fedlearn.data.population import build_population
-    from fedlearn.learning.task import build_model
-    from fedlearn.privacy.model_check import check_model as check
-    from fedlearn.privacy.model_check import rewritten
-    from fedlearn.study import load_study
-    from fedlearn.tasks import load_task
-
-    loaded = load_app(app)
-    asked = load_study(loaded.study(study), tuple(overrides or ()))
-    task = load_task(asked.task.name, asked.task.options)
-    population = build_population(asked, task, data)
-    model = build_model(task, asked.seed)
-    x = torch.from_numpy(population.client(population.client_ids[0]).train.x[:EXAMPLES])
-    report = check(model, x)
-    new, changes = (model, ()) if report.ok else rewritten(model)
-    after = check(new, x) if changes else report
-    if json:
-        print_json(
-            {
-                "ok": report.ok,
-                "path": report.path.value,
-                "parameters": report.parameters,
-                "findings": [asdict(f) for f in report.findings],
-                "rewrite": [asdict(c) for c in changes],
-                "ok_when_rewritten": after.ok,
-            }
-        )
-    else:
-        _print_report(asked.task.name, report, changes, after)
-    return 0 if report.ok else UnsupportedError.exit_code
-
-
-def _print_report(task: str, report: Any, changes: Any, after: Any) -> None:
-    verdict = {"fast": "yes, on the fast path", "opacus": "yes, by Opacus' per-example gradients", "none": "no"}
-    print(f"{task}: {report.parameters} trainable numbers; record-level privacy: {verdict[report.path.value]}")
-    for one in report.findings:
-        print(f"\n{one.where or 'the model'} {f'({one.kind})' if one.kind else ''}".rstrip())
-        print(f"  {one.why}" + (f"\n  instead: {one.remedy}" if one.remedy else ""))
-    for change in changes:
-        print(f"\n{change.where}\n  - {change.before}\n  + {change.after}")
-    if changes:
-        print(f"\nrewritten so, it {'can' if after.ok else 'still cannot'} train under record-level privacy")
 
 
 def _print_plan(made: PrivacyPlan, answer: Accounted) -> None:

@@ -1,4 +1,4 @@
-"""Whether a model can train under record-level privacy, which layer cannot, and why; and what can be rewritten.
+"""Whether a model can train under record-level privacy, which layer cannot, and why. rewriting.py replaces what can be.
 
 Three questions are put to the layers (are there running statistics, tied weights, layers that mix examples?), and three to the
 running model, because a layer's kind says nothing of what a `forward` does with it: does one example's output depend on another example, does
@@ -8,7 +8,6 @@ a forward pass change a buffer, and do the per-example gradients add up to the g
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -22,7 +21,6 @@ from fedlearn.privacy import ghost
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MOST_GROUPS: Final = 32
 _TOLERANCE: Final = 1e-4
 
 
@@ -73,15 +71,6 @@ class Report:
         return self.path is not Path.NONE
 
 
-@dataclass(frozen=True)
-class Change:
-    """One layer that was replaced."""
-
-    where: str
-    before: str
-    after: str
-
-
 def check_model(model: nn.Module, x: torch.Tensor) -> Report:
     """Look at a model, and run it.
 
@@ -114,39 +103,6 @@ def check_model(model: nn.Module, x: torch.Tensor) -> Report:
     return Report(path, tuple(findings), sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
-def rewritten(model: nn.Module) -> tuple[nn.Module, tuple[Change, ...]]:
-    """A copy in which what can be replaced is, and nothing else is touched.
-
-    Batch norms become group norms of as many channels (their statistics are lost); instance norms lose running statistics.
-    """
-    new = copy.deepcopy(model)
-    changes = []
-    for name, module in list(new.named_modules()):
-        after = _replacement(module)
-        if after is None:
-            continue
-        changes.append(Change(name, repr(module), repr(after)))
-        if not name:
-            new = after
-            continue
-        parent, _, last = name.rpartition(".")
-        setattr(new.get_submodule(parent), last, after)
-    return new, tuple(changes)
-
-
-def _replacement(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001  # the family has no public name
-        groups = math.gcd(MOST_GROUPS, module.num_features)
-        norm = nn.GroupNorm(groups, module.num_features, eps=module.eps, affine=module.affine)
-        if module.affine:
-            norm.weight.data.copy_(module.weight.data)
-            norm.bias.data.copy_(module.bias.data)
-        return norm
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:  # noqa: SLF001  # as above
-        return type(module)(module.num_features, eps=module.eps, affine=module.affine)
-    return None
-
-
 def _layers(model: nn.Module) -> Iterator[Finding]:
     seen: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -164,14 +120,26 @@ def _layers(model: nn.Module) -> Iterator[Finding]:
                 name,
                 kind,
                 "its steps are fused, so they have no per-example gradients",
-                "fedlearn.models.recurrent.Lstm, or opacus.layers.DPLSTM",
+                "fedlearn check-model rewrites it; or fedlearn.models.recurrent.Lstm, or opacus.layers.DPLSTM",
+                fatal=True,
+            )
+        elif isinstance(module, nn.MultiheadAttention):
+            yield Finding(
+                name,
+                kind,
+                "its projections are fused, so they have no per-example gradients",
+                "fedlearn check-model rewrites it; or opacus.layers.DPMultiheadAttention",
                 fatal=True,
             )
         for own, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{own}" if name else own
             if parameter.requires_grad and id(parameter) in seen:
                 yield Finding(
-                    full, kind, f"it is tied to {seen[id(parameter)]}", "give each its own weights", fatal=True
+                    full,
+                    kind,
+                    f"it is tied to {seen[id(parameter)]}",
+                    "give each its own weights: fedlearn check-model does",
+                    fatal=True,
                 )
             seen[id(parameter)] = full
 
@@ -180,6 +148,7 @@ def _running(model: nn.Module, x: torch.Tensor) -> list[Finding]:
     """What a forward pass in training mode shows."""
     model.train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     try:
         one, two = _outputs(model, x), _outputs(model, _first_changed(x))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -194,6 +163,17 @@ def _running(model: nn.Module, x: torch.Tensor) -> list[Finding]:
         )
         for name, buffer in model.named_buffers()
         if name not in before or not torch.equal(before[name], buffer)
+    ]
+    found += [
+        Finding(
+            name,
+            "weights",
+            "a forward pass changes them: they follow the data with no noise",
+            "an embedding without max_norm: fedlearn check-model rewrites it",
+            fatal=True,
+        )
+        for name, parameter in model.named_parameters()
+        if not torch.equal(weights[name], parameter)
     ]
     if one.ndim == 0 or one.shape[0] != x.shape[0]:
         found.append(

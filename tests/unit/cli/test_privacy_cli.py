@@ -8,10 +8,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedlearn.cli import main
+from fedlearn.cli.privacy import ENFORCED, ON_PAPER
 from fedlearn.privacy.budget import Budget
 from fedlearn.privacy.events import Cost, Gaussian
 from fedlearn.privacy.ledger_file import LEDGER_FILE, LedgerFolder
+from fedlearn.privacy.statement import statement
+from fedlearn.privacy.study import plan_of
 from fedlearn.release import TRAIN, Charge, ReleaseKey
+from fedlearn.study import load_study
 
 HEART = "simulations/heart.toml"
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -70,8 +74,8 @@ def test_central_noise_says_infinite_against_the_server(capsys):
     ]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert any(line.startswith("server") and "infinite" in line for line in out.splitlines())
-    assert "not private" in out
+    assert any(line.startswith("  against server: infinite") for line in out.splitlines())
+    assert ON_PAPER in out
 
 
 @pytest.mark.parametrize(
@@ -79,8 +83,9 @@ def test_central_noise_says_infinite_against_the_server(capsys):
     [
         (["--units", "200", "--rate", "0.1"], 2, "--epsilon"),
         (["--units", "200", "--rate", "0.1", "--epsilon", "3", "--noise", "1"], 2, "--epsilon"),
-        (["--epsilon", "3", "--rate", "0.1"], 3, "--units"),
-        (["--units", "200", "--epsilon", "3"], 3, "--rate"),
+        (["--noise", "3", "--unit", "client"], 3, "privacy.units: missing"),
+        (["--noise", "3", "--unit", "group"], 3, "name the column"),
+        (["--noise", "3", "--unit", "group", "--group", "ward"], 14, "does not say whose each row is"),
         (["--units", "200", "--epsilon", "0", "--rate", "0.1"], 3, "epsilon"),
         (["--units", "200", "--epsilon", "-1", "--rate", "0.1"], 3, "epsilon"),
         (["--units", "200", "--epsilon", "3", "--rate", "0.1", "--delta", "1"], 3, "delta"),
@@ -88,7 +93,7 @@ def test_central_noise_says_infinite_against_the_server(capsys):
         (["--units", "200", "--epsilon", "3", "--rate", "1.1"], 3, "sampling rate"),
         (
             ["--units", "200", "--noise", "1", "--rate", "0.1", "--unit", "client", "--set", "strategy.name=median"],
-            3,
+            14,
             "not linear",
         ),
     ],
@@ -96,6 +101,50 @@ def test_central_noise_says_infinite_against_the_server(capsys):
 def test_what_cannot_be_planned_is_refused_with_the_reason(capsys, options, code, says):
     assert main(["privacy", "plan", HEART, *options]) == code
     assert says in capsys.readouterr().err
+
+
+PRIVATE = """
+name = "own"
+rounds = 5
+[task]
+name = "hospital/heart"
+[evaluate]
+every = 2
+[privacy]
+unit = "record"
+epsilon = 3
+delta = 1e-4
+"""
+
+
+def test_the_studys_own_table_is_the_plan_that_is_enforced(capsys, tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(PRIVATE)
+    found = answer(capsys, "privacy", "plan", str(path))
+    plan = plan_of(load_study(path))
+    assert found["enforced"] is True
+    assert found["notice"] == ENFORCED
+    assert found["plan"]["noise_multiplier"] == plan.noise_multiplier
+    assert found["statement"] == json.loads(json.dumps(statement(plan, seeded=False)))
+    assert found["alone"].keys() == {"training"}
+    other = answer(capsys, "privacy", "plan", str(path), "--noise", "2")
+    assert (other["enforced"], other["notice"], other["plan"]["noise_multiplier"]) == (False, ON_PAPER, 2.0)
+    assert other["plan"]["delta"] == 1e-4, "what no option says is the study's"
+
+
+def test_evaluations_are_in_the_epsilon_of_every_round(capsys, tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(PRIVATE + "evaluation_noise = 6\n")
+    assert main(["privacy", "plan", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "and 3 evaluations of test rows by noisy sums, noise multiplier 6.0000: in this epsilon too" in out
+    assert ENFORCED in out
+    found = answer(capsys, "privacy", "plan", str(path), "--rounds", "4")
+    alone = found["alone"]
+    assert max(alone["training"], alone["2 evaluations"]) < found["accountants"][0]["epsilon"] <= 3
+    path.write_text(PRIVATE + "evaluation_noise = 1\n")
+    assert main(["privacy", "plan", str(path)]) == 3
+    assert "3 evaluations alone cost epsilon" in capsys.readouterr().err
 
 
 def test_a_picture_is_drawn(capsys, tmp_path):
@@ -139,7 +188,42 @@ def test_a_model_that_cannot_says_why_and_how(capsys, tmp_path, monkeypatch):
     assert "record-level privacy: no" in out
     assert "- BatchNorm2d(4" in out
     assert "+ GroupNorm(4, 4" in out
+    assert "other outputs" in out
     assert "rewritten so, it can train" in out
+
+
+def test_a_fused_model_is_rewritten_and_compared(capsys, tmp_path, monkeypatch):
+    (tmp_path / "fused.py").write_text(
+        "import torch\n"
+        "from fedlearn.tasks.digits import DigitsTask\n"
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.cell, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.cell(x.reshape(len(x), 8, 8))[0][:, -1])\n"
+        "class Fused(DigitsTask):\n"
+        "    name = 'fused:Fused'\n"
+        "    def model(self):\n"
+        "        return Net()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = ["check-model", "simulations/digits.toml", "--set", "task.name=fused:Fused"]
+    assert main([*argv, "--out", str(tmp_path / "model.diff")]) == 14
+    out = capsys.readouterr().out
+    assert "same outputs" in out
+    assert "trainable numbers: 1834 before, 1770 after" in out
+    assert "return fedlearn.privacy.rewrite(model).model" in out
+    diff = (tmp_path / "model.diff").read_text()
+    assert "-  (cell): LSTM(8, 16, batch_first=True)" in diff
+    assert "+  (cell): Recurrent(" in diff
+    assert main([*argv, "--json"]) == 14
+    found = json.loads(capsys.readouterr().out)
+    assert found["difference_of_equal_changes"] < 1e-6
+    assert found["ok_when_rewritten"]
+    assert found["findings_when_rewritten"] == []
+    assert main([*argv, "--out", str(tmp_path / "nowhere" / "x")]) == 12
 
 
 @pytest.fixture
