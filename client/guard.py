@@ -26,12 +26,15 @@ from fedlearn.learning.combine import check_combination
 from fedlearn.learning.postprocess import joint_l2_norm
 from fedlearn.learning.update import UNCLIPPED, Update
 from fedlearn.privacy.clipping import COUNT
-from fedlearn.privacy.plan import AdaptiveClip, PrivacyPlan, Unit
+from fedlearn.privacy.evaluation import check_may_score, evaluation_cost
+from fedlearn.privacy.plan import AdaptiveClip, PrivacyPlan, Spaced, Unit
 from fedlearn.privacy.study import clip_in, plan_of
 from fedlearn.release.charge import Charge
 from fedlearn.study import Study, study_from_json
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from flwr.app import RecordDict
 
     from fedlearn.learning.messages import Request
@@ -70,13 +73,42 @@ class Guard:
         Raises:
             PolicyRefusedError: the plan has no such round.
         """
-        if not 1 <= request.round <= self.plan.rounds:
-            raise PolicyRefusedError(
-                f"plan: the server asks for round {request.round}, the plan of {self.study.name!r} has {self.plan.rounds}"
-            )
+        self._check_round(request)
         if self.plan.unit is Unit.CLIENT and request.attempt == 1:
             return None
         return Charge(self.account, self.plan.cost(1).to_text())
+
+    def check_turn(self, request: Request, released: Collection[int]) -> None:
+        """Correlated noise promises something only where nobody takes part more often than its plan says.
+
+        Args:
+            request: for an update.
+            released: rounds of this run in which an update left this site.
+
+        Raises:
+            PolicyRefusedError: it is too early, or once too often.
+        """
+        turns = self.plan.sampling
+        if not isinstance(turns, Spaced):
+            return
+        others = set(released) - {request.round}
+        near = sorted(number for number in others if abs(number - request.round) < turns.separation)
+        if near or len(others) >= (turns.most or self.plan.rounds):
+            raise PolicyRefusedError(
+                f"plan: the server asks for round {request.round}, and this site took part in {len(others)} others"
+                + (f", round {near[-1]} among them" if near else ""),
+                hint=f"the plan lets a client come back after {turns.separation} rounds, {turns.most or 'any number of'} times at the most",
+            )
+
+    def evaluation(self, request: Request) -> Charge:
+        """What one answer to an evaluation costs.
+
+        Raises:
+            PolicyRefusedError: the plan covers none, or has no such round.
+        """
+        check_may_score(self.study)
+        self._check_round(request)
+        return Charge(self.account, evaluation_cost(self.study).to_text())
 
     def first(self) -> Charge:
         """The least that taking part costs."""
@@ -112,6 +144,27 @@ class Guard:
             self._check_clip(update, asked)
         private = {name: {key: update.private[name][key] for key in specs} for name, specs in held.items()}
         return messages.encode_update(Update(private, examples=1))
+
+    def scores(self, reply: RecordDict) -> RecordDict:
+        """The noisy sums that may leave, written anew. How many they are is the task's, which is the worker's business.
+
+        Raises:
+            PolicyRefusedError: there is something beside them, or they are not finite.
+        """
+        if set(reply) != {messages.RECORD, "metrics", "cells"}:
+            raise _broken("it holds other records than noisy sums")
+        scored = messages.decode_scores("", reply)
+        if set(reply.config_records[messages.RECORD]) != {"format", "examples"} or scored.examples or scored.metrics:
+            raise _broken("it says more than noisy sums")
+        if not np.isfinite(scored.cells).all():
+            raise _broken("its sums are not finite")
+        return messages.encode_scores({}, 0, scored.cells)
+
+    def _check_round(self, request: Request) -> None:
+        if not 1 <= request.round <= self.plan.rounds:
+            raise PolicyRefusedError(
+                f"plan: the server asks for round {request.round}, the plan of {self.study.name!r} has {self.plan.rounds}"
+            )
 
     def _check_clip(self, update: Update, asked: Request) -> None:
         assert self.study.privacy is not None
@@ -159,4 +212,4 @@ def guard_of(study_text: str, account: str) -> Guard | None:
 
 
 def _broken(what: str) -> PolicyRefusedError:
-    return PolicyRefusedError(f"gate: the worker's update breaks the privacy plan: {what}; nothing left this site")
+    return PolicyRefusedError(f"gate: the worker's answer breaks the privacy plan: {what}; nothing left this site")

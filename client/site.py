@@ -21,7 +21,7 @@ from fedlearn.learning.checkpoint import broadcast_digest
 from fedlearn.learning.heads import put_heads, take_heads
 from fedlearn.learning.strategy import ServerState
 from fedlearn.link import flower
-from fedlearn.release.keys import TRAIN, UNMASK, AttemptId, ReleaseKey
+from fedlearn.release.keys import EVALUATE, TRAIN, UNMASK, AttemptId, ReleaseKey
 from fedlearn.release.records import Finished, InProgress, Refused, Reserved
 
 if TYPE_CHECKING:
@@ -122,14 +122,14 @@ class Site:
             if masks is not None:
                 content = messages.with_entry(content, await asyncio.to_thread(masks.next_check_in, request))
             return Message(content, reply_to=message)
+        if guard is not None:
+            if request.exchange is Exchange.EVALUATE:
+                return Message(records.unpack(await self._scored(message, request, guard)), reply_to=message)
+            return Message(await self._described(message, request, guard), reply_to=message)
         state = None
-        if guard is not None:
-            await self._may_describe(request, guard)
-        elif request.exchange is Exchange.EVALUATE:
+        if request.exchange is Exchange.EVALUATE:
             state = await self._at_gate(self._settled_state, request)
-        reply, _ = await self._compute(message, request.run, state, guard)
-        if guard is not None:
-            return Message(guard.description(reply.content, str(self._node_config["client-id"])), reply_to=message)
+        reply, _ = await self._compute(message, request.run, state, None)
         return reply
 
     async def _keyed(self, request: Request, masks: Masks | None) -> RecordDict:
@@ -150,14 +150,26 @@ class Site:
             await self._released(key, lambda: self._gate.reserve(key, base=base, request=request.body), open_)
         )
 
-    async def _may_describe(self, request: Request, guard: Guard) -> None:
-        """Under a plan nobody but who this site is leaves without a charge, and that only where there is room for the run's first one."""
+    async def _described(self, message: Message, request: Request, guard: Guard) -> RecordDict:
+        """Who this site is, and no more; only where the run's first charge has room."""
         if request.exchange is not Exchange.DESCRIBE:
-            raise PolicyRefusedError(
-                f"plan: the server asks for {request.exchange.value}; under a privacy plan no metric leaves this site"
-            )
+            raise PolicyRefusedError(f"plan: {request.exchange.value} has no place in a study with a privacy plan")
         if (refused := await self._at_gate(self._gate.foresee, request.run, guard.first())) is not None:
             raise _refusal(refused)
+        reply, _ = await self._compute(message, request.run, None, guard)
+        return guard.description(reply.content, str(self._node_config["client-id"]))
+
+    async def _scored(self, message: Message, request: Request, guard: Guard) -> bytes:
+        """An evaluation under a plan: a release like an update, with a charge of its own. The worker is given no memory for it."""
+        key, charge = _key(request, EVALUATE), guard.evaluation(request)
+        await asyncio.to_thread(_broadcast, message, request)
+        base = None if request.base is None else AttemptId(*request.base)
+
+        async def score(_reserved: Reserved) -> tuple[RecordDict, bytes | None]:
+            reply, _ = await self._compute(message, key.run, None, guard)
+            return guard.scores(reply.content), None
+
+        return await self._released(key, lambda: self._gate.reserve(key, base=base, charge=charge), score)
 
     async def _train(self, message: Message, request: Request, masks: Masks | None, guard: Guard | None) -> bytes:
         key = _key(request, TRAIN)
@@ -181,6 +193,7 @@ class Site:
     def _charge(self, request: Request, guard: Guard) -> Charge | None:
         """What an update costs, once the run is admitted where its plan is charged whole."""
         charge = guard.charge(request)
+        guard.check_turn(request, {r.key.round for r in self._gate.releases(request.run) if r.key.exchange == TRAIN})
         if guard.admission is not None and (refused := self._gate.admit(request.run, guard.admission)) is not None:
             raise _refusal(refused)
         return charge

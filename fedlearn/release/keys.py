@@ -19,6 +19,9 @@ TRAIN: Final = "train"
 UNMASK: Final = "unmask"
 """The exchange in which a client helps to open the sum; answered for one request only."""
 
+EVALUATE: Final = "evaluate"
+"""The exchange that carries a charged evaluation of the model that an attempt made."""
+
 ADMISSION: Final = "admission"
 """Not an exchange: the key under which a whole run's charge stands in a ledger."""
 

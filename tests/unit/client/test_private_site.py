@@ -19,6 +19,7 @@ from fedlearn.learning.heads import take_heads
 from fedlearn.learning.update import UNCLIPPED, Update
 from fedlearn.privacy.chain import SignedHead
 from fedlearn.privacy.clipping import COUNT
+from fedlearn.privacy.events import Cost, Gaussian
 from fedlearn.privacy.ledger_file import account_states, read_records, verify_ledger
 from fedlearn.privacy.study import CLIP, plan_of
 from tests.support.private_site import (
@@ -33,6 +34,7 @@ from tests.support.private_site import (
     study_of,
 )
 
+SCORED = study_of('unit = "record"\nnoise_multiplier = 2.0\ndelta = 1e-5\nevaluation_noise = 8.0\n')
 RECORDS = "hospital/heart/record"
 CLIENTS = "hospital/heart/client"
 ONE_ROUND = plan_of(RECORD).cost(1).to_text()
@@ -106,6 +108,21 @@ async def test_a_client_level_run_that_does_not_fit_is_refused_when_it_is_descri
                 await one.site.handle(ask(CLIENT, exchange=exchange))
         assert one.worker.calls == 0
         assert one.costs(CLIENTS) == []
+
+
+async def test_correlated_noise_lets_a_client_come_only_so_often(tmp_path):
+    study = study_of(
+        'unit = "client"\nmechanism = "ftrl"\nmatrix = "banded"\nmin_separation = 2\nmax_participations = 2\n'
+        "noise_multiplier = 5.0\ndelta = 1e-3\nunits = 10\n[cohort]\nsize = 2\n"
+    )
+    with private_site(tmp_path / "s") as one:
+        for number, fine in ((1, True), (1, True), (2, False), (3, True), (5, False), (3, True)):
+            if fine:
+                await one.site.handle(ask(study, number))
+                continue
+            with pytest.raises(PolicyRefusedError, match=f"asks for round {number}, and this site took part"):
+                await one.site.handle(ask(study, number))
+        assert one.costs(CLIENTS) == [plan_of(study).cost().to_text()]
 
 
 async def test_a_rehearsal_is_charged_to_an_account_of_its_own(tmp_path):
@@ -209,11 +226,50 @@ async def test_a_description_says_who_and_nothing_else(tmp_path):
             await one.site.handle(ask(RECORD, exchange=Exchange.DESCRIBE))
 
 
-async def test_no_metric_leaves_under_a_plan(tmp_path):
+@pytest.mark.parametrize("study", [RECORD, CLIENT])
+async def test_no_metric_leaves_where_the_plan_does_not_cover_it(tmp_path, study):
     with private_site(tmp_path / "s") as one:
-        with pytest.raises(PolicyRefusedError, match="evaluate"):
-            await one.site.handle(ask(RECORD, exchange=Exchange.EVALUATE))
+        with pytest.raises(PolicyRefusedError, match="not covered"):
+            await one.site.handle(ask(study, exchange=Exchange.EVALUATE))
         assert one.worker.calls == 0
+
+
+def sums(*cells: float, metrics: dict[str, float] | None = None, examples: int = 0) -> Callable[[], RecordDict]:
+    return lambda: messages.encode_scores(metrics or {}, examples, cells)
+
+
+async def test_an_evaluation_is_charged_like_an_update_and_sent_again_free(tmp_path):
+    one_answer = Cost(Gaussian(8.0)).to_text()
+    with private_site(tmp_path / "s") as one:
+        await one.site.handle(ask(SCORED))
+        one.worker.answer = sums(1.5, -0.5)
+        replies = [await one.site.handle(ask(SCORED, exchange=Exchange.EVALUATE)) for _ in range(2)]
+        assert one.costs(RECORDS) == [ONE_ROUND, one_answer]
+        assert one.worker.calls == 2
+        assert {messages.decode_scores(SITE, reply.content).cells for reply in replies} == {(1.5, -0.5)}
+        one.worker.answer = small_update
+        await one.site.handle(ask(SCORED, 2))
+        with pytest.raises(PolicyRefusedError, match="gone"):
+            await one.site.handle(ask(SCORED, exchange=Exchange.EVALUATE))
+        with pytest.raises(PolicyRefusedError, match="round 6"):
+            await one.site.handle(ask(SCORED, 6, exchange=Exchange.EVALUATE))
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [
+        (sums(1.0, metrics={"auc": 0.9}), "more than noisy sums"),
+        (sums(1.0, examples=303), "more than noisy sums"),
+        (sums(np.nan), "finite"),
+        (sums(), "other records"),
+        (small_update, "other records"),
+    ],
+)
+async def test_an_evaluation_that_says_more_is_refused(tmp_path, answer, word):
+    with private_site(tmp_path / "s", Worker(answer)) as one:
+        with pytest.raises(PolicyRefusedError, match=word):
+            await one.site.handle(ask(SCORED, exchange=Exchange.EVALUATE))
+        assert one.costs(RECORDS) == []
 
 
 @pytest.mark.parametrize(
