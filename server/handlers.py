@@ -15,6 +15,7 @@ from fedlearn.link.control import ModelFile, RunDetail, RunSummary
 from fedlearn.link.tls import Identity, Role
 from server.history import committed_rounds
 from server.records import RunRow
+from server.redaction import event_for_site, hides_cohorts, row_for_site
 from server.run_state import RunJournal
 
 if TYPE_CHECKING:
@@ -47,11 +48,19 @@ class Handlers:
 
     async def show(self, caller: Identity, run_id: str) -> RunDetail:
         row = await self._find(caller, run_id)
-        return RunDetail(_summary(row), json.dumps(await asyncio.to_thread(self._detail, row)))
+        return RunDetail(_summary(row), json.dumps(await asyncio.to_thread(self._detail, caller, row)))
 
     async def watch(self, caller: Identity, run_id: str, start: int) -> AsyncIterator[tuple[int, str]]:
         row = await self._find(caller, run_id)
+        hidden = await asyncio.to_thread(self._hides, caller, row.run)
         async for number, line in self._coordinator.event_log.watch(row.run, start):
+            if caller.role is not Role.OPERATOR:
+                event, wall_s = events.from_json(line)
+                hidden |= isinstance(event, events.PrivacyStated) and hides_cohorts(event.statement)
+                shown = event_for_site(event) if hidden else event
+                if shown is None:
+                    continue
+                line = events.to_json(shown, wall_s)  # noqa: PLW2901  # what is yielded
             yield number, line
 
     async def model(self, caller: Identity, run_id: str) -> ModelFile:
@@ -77,9 +86,13 @@ class Handlers:
         mine = self._store.runs_of(caller.name)
         return [row for row in rows if row.run in mine]
 
-    def _detail(self, row: RunRow) -> dict[str, Any]:
+    def _hides(self, caller: Identity, run: str) -> bool:
+        return caller.role is not Role.OPERATOR and hides_cohorts(self._privacy(run))
+
+    def _detail(self, caller: Identity, row: RunRow) -> dict[str, Any]:
         first = self._store.events(row.run, 0, limit=EDGE)
         started = next((e for _, line in first if isinstance(e := events.from_json(line)[0], events.RunStarted)), None)
+        rows, hidden = committed_rounds(RunJournal(self._store, row.run), row.run), self._hides(caller, row.run)
         return {
             "study": row.study,
             "overrides": list(row.overrides),
@@ -89,8 +102,8 @@ class Handlers:
             "stop_asked": row.stop_asked,
             "metric": started.metric if started else None,
             "privacy": self._privacy(row.run),
-            "clients": sorted(self._store.participants(row.run)),
-            "history": committed_rounds(RunJournal(self._store, row.run), row.run),
+            "clients": [] if hidden else sorted(self._store.participants(row.run)),
+            "history": [row_for_site(one) for one in rows] if hidden else rows,
         }
 
     def _privacy(self, run: str) -> dict[str, Any] | None:

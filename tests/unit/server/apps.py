@@ -24,6 +24,8 @@ def main(grid, context):
     total = int((runtime.journal.get("total") or b"0").decode())
     nodes = grid.wait_nodes(config["clients"], 20)
     names = tuple(sorted(runtime.client_name(node) for node in nodes))
+    if config["unit"]:
+        runtime.emit(events.PrivacyStated(runtime.run_id, {"unit": config["unit"], "state": "planned"}))
     runtime.emit(events.RunStarted(runtime.run_id, "squares", config["rounds"], done, names, 1, "sum"))
     for number in range(done + 1, config["rounds"] + 1):
         if runtime.should_stop():
@@ -35,7 +37,7 @@ def main(grid, context):
         if config["fail"] == number:
             raise ValueError("no such luck")
         total += sum(reply.content["answer"]["n"] for reply in replies)
-        row = b'{"attempt":1,"total":%d}' % total
+        row = b'{"attempt":1,"clients":%d,"total":%d}' % (len(nodes), total)
         changes = {"done": b"%d" % number, "total": b"%d" % total, record_key("commit", runtime.run_id, number): row}
         runtime.journal.write(changes)
         runtime.emit(events.RoundFinished(runtime.run_id, number, 1, len(nodes), 0, 0.0, 0.0, float(total)))
@@ -52,6 +54,7 @@ clientapp = "squares.client_app:app"
 rounds = 3
 clients = 1
 fail = 0
+unit = ""
 nested.name = "x"
 """
 

@@ -129,6 +129,30 @@ async def test_a_client_sees_only_the_runs_that_it_took_part_in(world: World):
             await world.ask(lambda c: c.submit("", ()), "ada")
 
 
+async def test_a_site_is_not_told_who_was_drawn_where_clients_are_protected(world: World):
+    """The operator is; and a site is where records are protected, whose cohorts are no secret."""
+    async with world.coordinator(), world.client():
+        for unit, hidden in (("client", True), ("record", False)):
+            run = await world.ask(lambda c, unit=unit: c.submit(f'unit = "{unit}"', ()))
+            all_of_it = await world.follow(run)
+            seen = await world.follow(run, who="ada")
+            (started,) = (e for e in seen if isinstance(e, events.RunStarted))
+            assert (started.clients == ()) is hidden
+            assert ("RoundStarted" in kinds(seen)) is not hidden
+            assert {e.clients for e in seen if isinstance(e, events.RoundFinished)} == ({0} if hidden else {1})
+            assert kinds(await world.follow(run, 3, "ada"))[:2] == (
+                ["RoundFinished", "RoundFinished"] if hidden else ["RoundFinished", "RoundStarted"]
+            ), "also of one who comes later"
+            details = [await world.ask(lambda c, run=run: c.show(run), who) for who in ("ada", "operator")]
+            site, operator = (json.loads(one.detail_json) for one in details)
+            assert operator["clients"] == ["ada"]
+            assert site["clients"] == ([] if hidden else ["ada"])
+            assert all(("clients" in row) is not hidden for row in site["history"])
+            assert all("clients" in row for row in operator["history"])
+            assert "RoundStarted" in kinds(all_of_it)
+            assert site["privacy"]["unit"] == unit
+
+
 async def test_a_run_that_was_suspended_goes_on_in_the_next_process(world: World):
     world.gate.clear()
     async with world.coordinator() as first, world.client():
