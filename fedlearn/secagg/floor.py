@@ -9,7 +9,8 @@ honest clients needs
     (n - a) (m - a)  <=  x (n - a) + (n - a - x) (n - t)         so         x  >=  (m - a) - (n - t) (n - m) / (t - a)
 
 and, if t - a of the honest ones were told of s >= m survivors, x >= (s - a) - (n - t) (n - m) / (t - a). With nobody missing (s = n = m) that is
-n - a; with many allowed to drop out it is far below m - a, which is what agreement (`Profile.MALICIOUS`) is for.
+n - a; with many allowed to drop out it is far below m - a, which is what agreement (`Profile.MALICIOUS`) is for. On sparse graphs, where
+survivors are always agreed upon, the floor holds as long as the honest survivors hang together: see `graph.sparse_parameters`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Integer noise from a key: Skellam and discrete Gaussian, exact to 2**-127, and the same on every machine.
+"""Integer noise from a key: Skellam and discrete Gaussian, exact to a hundred bits, and the same on every machine.
 
 Noise that hides a sum is drawn by many clients and, where there is more than enough, taken off by the server, which draws it again from the same
 key: so everything here is integers. A distribution becomes a table once (Walker's alias method, 1977, built as by Vose 1991), and a
 number is one 64-bit word of an AES-256-CTR key stream: bits for a column, a sign, and a threshold whose 64 further bits are drawn only if the
-first ones tie. A probability is thus a multiple of 2**-127, and what is cut off the tails has less than 2**-120 of the mass. The time taken does not depend
-on what is drawn, apart from the processor's caches.
+first ones tie. A probability is thus a multiple of 2**-127, rounded down, and what that and the tails leave over counts as 0: a number's distribution is within
+2**-107 of the true one in total variation (2**19 columns at the most). The time taken does not depend on what is drawn, apart from the processor's caches.
 
 Skellam            the difference of two Poisson numbers of mean v/2: P(k) = exp(-v) I_k(v), variance v; sums of such are such (Skellam 1946)
 discrete Gaussian  P(k) proportional to exp(-k^2 / 2 v); its variance is at most v (Canonne, Kamath and Steinke 2020)
@@ -182,7 +182,7 @@ def magnitudes(kind: Noise, variance: float) -> list[int]:
     whole = sum(chances)
     weights = [(chance << _TOTAL_BITS) // whole for chance in chances]
     weights = list(itertools.takewhile(bool, weights))
-    weights[0] += (1 << _TOTAL_BITS) - sum(weights)  # what rounding and the tails left over: below 2**-100
+    weights[0] += (1 << _TOTAL_BITS) - sum(weights)  # what rounding and the tails left over: below 2**-107
     return weights
 
 

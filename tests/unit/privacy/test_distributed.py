@@ -34,6 +34,7 @@ from fedlearn.secagg.noise import Noise
 from fedlearn.secagg.primitives import SeededDraw
 from fedlearn.secagg.quantize import Encoding
 from fedlearn.secagg.ring import dtype_of, from_ring
+from fedlearn.secagg.rotation import unrotated
 
 DELTA = 1e-5
 LENGTH = 20_000
@@ -408,6 +409,30 @@ def test_a_lone_spike_comes_back():
     mean = plan.decode(plan.encoding.decode(total), TURN).mean()
     assert mean[7] == pytest.approx(2.0, abs=0.05)
     assert np.abs(np.delete(mean, 7)).max() < 0.05
+
+
+@pytest.mark.parametrize("ring_bits", [16, 24, 32])
+@pytest.mark.parametrize("noise_multiplier", [0.01, 1.0])
+def test_the_largest_updates_do_not_wrap(ring_bits, noise_multiplier):
+    """Every client sends what is one spike after the rotation: the largest value that there is, in the same place."""
+    plan = plan_of(
+        length=500, clients=5, minimum=4, ring_bits=ring_bits, noise_multiplier=noise_multiplier, precision=0.2
+    )
+    spike = np.zeros(500)
+    spike[3] = 1e6
+    update = unrotated(spike, TURN)
+    total = np.zeros(501, dtype=dtype_of(ring_bits))
+    exact = np.zeros(501, dtype=np.int64)
+    for client in range(5):
+        draw, again = (SeededDraw(f"spike {client}".encode()) for _ in range(2))
+        vector, noise = plan.encode(update, TURN, draw), np.zeros(501, dtype=total.dtype)
+        again(32)
+        plan.add_share(noise, again(32))
+        total += vector
+        bare = from_ring(vector - noise, ring_bits)
+        assert bare[3] >= plan.encoding.scale * plan.encoding.largest - 1
+        exact += bare + from_ring(noise, ring_bits)
+    assert np.array_equal(from_ring(total, ring_bits), exact)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])

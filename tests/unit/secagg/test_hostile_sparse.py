@@ -12,6 +12,7 @@ from fedlearn.secagg.client import ClientState
 from fedlearn.secagg.graph import members_of
 from fedlearn.secagg.messages import Agreement, Delivery, Opening, Reveal, Reveals, Survivors
 from fedlearn.secagg.server import Stage
+from fedlearn.secagg.surplus import level_keys
 from tests.support.secagg_world import World, name_of
 
 N = 40
@@ -44,6 +45,18 @@ def changed(world, **nonces):
     for index, nonce in nonces.items():
         found[int(index[1:])] = nonce
     return Reveals(tuple(found))
+
+
+def test_surplus_noise_is_opened_by_neighbours_too():
+    world = World(N, plan={"adversarial": 0.05, "dropout": 0.05, "minimum": 30, "surplus": (36, 39, 40)}).delivered()
+    tops = {name: client.__dict__["_surplus"] for name, client in world.clients.items()}
+    for name in [name for name in world.out if name != name_of(7)]:
+        world.server.receive(name, world.answer(name, world.out[name]))
+    world.out = world.server.close()
+    while world.out:
+        world.step()
+    kept = [top for name, top in tops.items() if name != name_of(7)]
+    assert world.server.surplus_keys == tuple(level_keys(top, 3)[1] for top in kept)
 
 
 def test_a_nonce_that_was_not_committed_to(world):
