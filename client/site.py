@@ -7,7 +7,7 @@ import logging
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from client import records
 from client.frames import Frame, Kind
@@ -26,8 +26,6 @@ from fedlearn.release.records import Finished, InProgress, Refused, Reserved
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
-
-    from flwr.app import RecordDict
 
     from client.accounts import Accounts
     from client.crew import Crew
@@ -74,6 +72,7 @@ class Site:
         self._node_config = dict(node_config)
         self._gate_lock = asyncio.Lock()
         self._computing: dict[ReleaseKey, asyncio.Event] = {}
+        self._sealing: set[asyncio.Task[bytes]] = set()
 
     async def handle(self, message: Message) -> Message:
         """The reply to one message.
@@ -141,13 +140,15 @@ class Site:
         if request.exchange is not Exchange.UNMASK:
             return await asyncio.to_thread(masks.answer, request)
 
-        async def open_(_reserved: Reserved) -> tuple[RecordDict, bytes | None]:
-            return messages.encode_said(await asyncio.to_thread(masks.opening, request)), None
-
         base = None if request.base is None else AttemptId(*request.base)
         key = _key(request, UNMASK)
         return records.unpack(
-            await self._released(key, lambda: self._gate.reserve(key, base=base, request=request.body), open_)
+            await self._released(
+                key,
+                lambda: self._gate.reserve(key, base=base, request=request.body),
+                _nothing,
+                lambda _content: messages.encode_said(masks.opening(request)),
+            )
         )
 
     async def _described(self, message: Message, request: Request, guard: Guard) -> RecordDict:
@@ -167,9 +168,9 @@ class Site:
 
         async def score(_reserved: Reserved) -> tuple[RecordDict, bytes | None]:
             reply, _ = await self._compute(message, key.run, None, guard)
-            return guard.scores(reply.content), None
+            return reply.content, None
 
-        return await self._released(key, lambda: self._gate.reserve(key, base=base, charge=charge), score)
+        return await self._released(key, lambda: self._gate.reserve(key, base=base, charge=charge), score, guard.scores)
 
     async def _train(self, message: Message, request: Request, masks: Masks | None, guard: Guard | None) -> bytes:
         key = _key(request, TRAIN)
@@ -181,14 +182,13 @@ class Site:
             if masks is not None:
                 await asyncio.to_thread(masks.expect, request)
             reply, state = await self._compute(message, key.run, reserved.state, guard)
-            content = reply.content
-            if guard is not None:
-                content = await asyncio.to_thread(guard.update, content, asked)
-            if masks is not None:
-                content = await asyncio.to_thread(masks.masked, asked, content)
-            return content, state
+            return reply.content, state
 
-        return await self._released(key, lambda: self._gate.reserve(key, base=base, charge=charge), train)
+        def seal(content: RecordDict) -> RecordDict:
+            content = content if guard is None else guard.update(content, asked)
+            return content if masks is None else masks.masked(asked, content)
+
+        return await self._released(key, lambda: self._gate.reserve(key, base=base, charge=charge), train, seal)
 
     def _charge(self, request: Request, guard: Guard) -> Charge | None:
         """What an update costs, once the run is admitted where its plan is charged whole."""
@@ -203,8 +203,16 @@ class Site:
         key: ReleaseKey,
         reserve: Callable[[], Reserved | Finished | InProgress | Refused],
         compute: Callable[[Reserved], Awaitable[tuple[RecordDict, bytes | None]]],
+        seal: Callable[[RecordDict], RecordDict],
     ) -> bytes:
-        """The committed bytes of a release: computed once, whoever asks how often."""
+        """The committed bytes of a release: computed once, whoever asks how often.
+
+        Args:
+            key: its name.
+            reserve: asks the gate.
+            compute: the work, and the memory after it. May be cancelled when nobody waits any more.
+            seal: what the work becomes before it may leave. Masks are used once, so from here on it goes through to the commit, waited for or not.
+        """
         while True:
             answer = await self._at_gate(reserve)
             if isinstance(answer, InProgress):
@@ -215,23 +223,36 @@ class Site:
             log.info("%s: sent again, %d bytes, computed once", key.at, len(answer.payload))
             return answer.payload
         reserved = _granted(answer)
-        done = self._computing[key] = asyncio.Event()
+        self._computing[key] = asyncio.Event()
         try:
             content, state = await compute(reserved)
-            payload = records.pack(content)
+        except BaseException:
+            self._give_back(key)
+            raise
+        sealing = asyncio.create_task(self._sealed(key, content, state, seal), name="release")
+        self._sealing.add(sealing)
+        sealing.add_done_callback(self._sealing.discard)
+        return await asyncio.shield(sealing)
+
+    async def _sealed(
+        self, key: ReleaseKey, content: RecordDict, state: bytes | None, seal: Callable[[RecordDict], RecordDict]
+    ) -> bytes:
+        try:
+            payload = await asyncio.to_thread(lambda: records.pack(seal(content)))
             finished = await self._at_gate(lambda: self._gate.commit(key, payload, state=state))
         except BaseException:
-            # Nothing was committed, so nothing can have left: the reservation goes back. Not awaited, since this may be
-            # a cancellation.
-            self._gate.abandon(key)
+            self._give_back(key)
             raise
-        finally:
-            del self._computing[key]
-            done.set()
+        self._computing.pop(key).set()
         if isinstance(finished, Refused):
             raise _refusal(finished)
         log.info("run %s, %s: %s of %d bytes committed and released", key.run, key.at, key.exchange, len(payload))
         return finished.payload
+
+    def _give_back(self, key: ReleaseKey) -> None:
+        """Nothing was committed, so nothing can have left: the reservation goes back. Not awaited, since this may be a cancellation."""
+        self._gate.abandon(key)
+        self._computing.pop(key).set()
 
     async def _compute(
         self, message: Message, run: str, state: bytes | None, guard: Guard | None
@@ -339,6 +360,11 @@ def _broadcast(message: Message, request: Request) -> Request:
             f"message: its model and shared arrays have the digest {digest[:16]}, it says {request.model_digest[:16]}"
         )
     return whole
+
+
+async def _nothing(_reserved: Reserved) -> tuple[RecordDict, bytes | None]:
+    """A release that needs no work of the app."""
+    return RecordDict(), None
 
 
 def _key(request: Request, exchange: str) -> ReleaseKey:

@@ -2,79 +2,88 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 
 import fedlearn
 from fedlearn import events
 from fedlearn.arrays import digest
+from fedlearn.errors import RunFailedError
 from fedlearn.learning.backend import Exchange
+from fedlearn.learning.messages import MASKED, decode_said
 from fedlearn.learning.runtime import RunRuntime
+from fedlearn.link.grid import GridCancelledError
 from fedlearn.release.journal import DictJournal
+from fedlearn.secagg import client as secagg_client
+from fedlearn.secagg import primitives
+from fedlearn.secagg.messages import from_bytes
 from server.app import app as server_app
 from tests.support.desk_site import DeskSites
 from tests.support.link_net import link_net
 from tests.support.runs import Run, to_toml
+from tests.support.tiny_task import CLIENTS, NAME, tiny_study
 
-ROOT = Path(__file__).resolve().parents[2]
-HOSPITALS = ("cleveland", "hungary", "switzerland", "va-long-beach")
-MASKED = ("secure_aggregation.enabled=true", "rounds=3")
+MASKS = ("secure_aggregation.enabled=true", "secure_aggregation.max_examples=20", "task.options={hidden=6}")
+ORDER = [Exchange.CHECK_IN, Exchange.SHARE, Exchange.TRAIN, Exchange.UNMASK]
+HEART = Path(__file__).resolve().parents[2] / "simulations" / "heart.toml"
+RUNS = iter(range(1, 1000))
 
 pytestmark = pytest.mark.e2e
 
 
-@pytest.fixture(scope="module")
-def sites():
-    return DeskSites("hospital/heart")
+class Net:
+    """A link with its sites; runs are started one after another."""
+
+    def __init__(self, link, sites):
+        self.link, self.sites = link, sites
+
+    def run(self, study, *, meets=None, journal=None, number=None, emit=None):
+        number = number if number is not None else next(RUNS)
+        run, grid = Run(), self.link.grid(number)
+        self.cancel = grid.cancel  # what a coordinator's end is to a run
+
+        def heard(event):
+            run.events.append(event)
+            if emit is not None:
+                emit(event)
+
+        self.sites.meets = meets if meets is not None else lambda *_asked: None
+        grid.runtime = RunRuntime(
+            f"run-{number}",
+            to_toml(study),
+            (),
+            run.finished,
+            heard,
+            journal if journal is not None else DictJournal(),
+            lambda: False,
+            self.link.name_of,
+            authority_pem=self.link.authority_pem,
+        )
+        try:
+            server_app(grid, Context(number, 1, {}, RecordDict(), {}))
+        finally:
+            self.link.server.close_grid(number)
+        return run
 
 
 @pytest.fixture(scope="module")
-def link(tmp_path_factory, sites):
-    with link_net(tmp_path_factory.mktemp("link"), HOSPITALS, handler_of=sites.handler) as net:
-        yield net
+def net(tmp_path_factory):
+    sites = DeskSites(NAME, "hospital/heart")
+    with link_net(tmp_path_factory.mktemp("link"), CLIENTS, handler_of=sites.handler) as link:
+        yield Net(link, sites)
 
 
-@pytest.fixture(autouse=True)
-def calm(request):
-    if "sites" in request.fixturenames:
-        request.getfixturevalue("sites").meets = lambda *_asked: None
+def study_of(*overrides):
+    return tiny_study(*MASKS, "runtime.deadline_s=20.0", *overrides)
 
 
-RUNS = iter(range(1, 1000))
-
-
-def run_over(link, *overrides, journal=None, emit=None, run_id=None):
-    study = fedlearn.load_study(ROOT / "simulations" / "heart.toml", (*MASKED, *overrides))
-    run, number = Run(), run_id or next(RUNS)
-    grid = link.grid(number)
-
-    def heard(event):
-        run.events.append(event)
-        if emit is not None:
-            emit(event)
-
-    grid.runtime = RunRuntime(
-        f"run-{number}",
-        to_toml(study),
-        (),
-        run.finished,
-        heard,
-        journal if journal is not None else DictJournal(),
-        lambda: False,
-        link.name_of,
-        authority_pem=link.authority_pem,
-    )
-    try:
-        server_app(grid, Context(number, 1, {}, RecordDict(), {}))
-    finally:
-        link.server.close_grid(number)
-    return run
-
-
-def simulated(*overrides):
-    return fedlearn.simulate(ROOT / "simulations" / "heart.toml", overrides=(*MASKED, *overrides))
+def clients_of(run):
+    return [event.clients for event in run.of(events.RoundFinished)]
 
 
 @pytest.mark.parametrize(
@@ -83,11 +92,199 @@ def simulated(*overrides):
         (),
         ("strategy.name=scaffold",),
         ("strategy.name=fedadam", "update.clip_l2=0.3"),
-        ("secure_aggregation.ring_bits=24",),
+        ("cohort.size=3", "rounds=5", "secure_aggregation.ring_bits=24"),
     ],
-    ids=["fedavg", "scaffold", "fedadam", "24 bits"],
+    ids=["fedavg", "scaffold", "fedadam", "three of four"],
 )
-def test_the_link_ends_with_the_simulations_bytes(link, overrides):
-    run = run_over(link, *overrides)
+def test_the_link_ends_with_the_simulations_bytes(net, overrides):
+    run = net.run(study_of(*overrides))
     assert not run.of(events.ClientDropped)
-    assert digest(run.model) == digest(simulated(*overrides).weights)
+    assert digest(run.model) == digest(fedlearn.simulate(study_of(*overrides)).weights)
+
+
+def test_at_most_two_exchanges_more_from_the_second_round_on(net):
+    net.sites.replies.clear()
+    net.run(study_of("evaluate.every=0"))
+    asked = [exchange for _, exchange, _ in net.sites.replies]
+    # Who opens is asked, but a sum that enough have opened waits for nobody.
+    assert [asked.count(exchange) for exchange in ORDER[:3]] == [4, 12, 12]
+    assert 9 <= asked.count(Exchange.UNMASK) <= 12
+
+
+def test_what_a_site_sends_is_noise(net):
+    """Two runs of one study: the same updates under other keys, each value of a byte as likely as any."""
+    sent = []
+    for _ in range(2):
+        net.sites.replies.clear()
+        net.run(study_of("rounds=1", "task.options={hidden=300}"))
+        sent += [
+            np.frombuffer(from_bytes(decode_said(name, reply.content).body).vector, dtype=np.uint8)
+            for name, exchange, reply in net.sites.replies
+            if exchange is Exchange.TRAIN and name == "ada"
+        ]
+    first, other = sent
+    assert len(first) == len(other) > 5_000
+    assert np.mean(first == other) < 0.02
+    for each in (first, other):
+        counts = np.bincount(each, minlength=256)
+        chi2 = float(((counts - len(each) / 256) ** 2).sum() / (len(each) / 256))
+        assert 150 < chi2 < 400, "255 degrees of freedom: outside with a chance below 1e-8"
+
+
+def test_replies_hold_nothing_beside_the_masked_vector(net):
+    net.sites.replies.clear()
+    run = net.run(study_of("evaluate.every=0"))
+    for _, exchange, reply in net.sites.replies:
+        if exchange in ORDER:
+            assert set(reply.content) == {"fedlearn", MASKED}
+            assert set(reply.content["fedlearn"]) == {"format", "entry"}
+    assert {tuple(event.facts) for event in run.of(events.ClientFinished)} == {()}
+
+
+@pytest.mark.parametrize("exchange", ORDER)
+@pytest.mark.parametrize("how", ["refuses", "killed"])
+def test_one_of_four_is_gone_at_any_stage(net, exchange, how):
+    """Its message is lost, or its process is killed before it answers; the sum is exact over the others, and it is back in the next round."""
+    at_round = 1 if exchange is Exchange.CHECK_IN else 2
+    met = threading.Event()
+
+    def meets(site, now, number, _attempt):
+        if (site, now, number) == ("bob", exchange, at_round) and not met.is_set():
+            met.set()
+            if how == "killed":
+                net.sites.kill(site)
+            raise RuntimeError("pulled the plug")
+
+    run = net.run(study_of(), meets=meets)
+    assert met.is_set()
+    finished = clients_of(run)
+    assert finished[at_round - 1] == (4 if exchange is Exchange.UNMASK else 3)
+    assert [n for i, n in enumerate(finished, start=1) if i != at_round] == [4, 4]
+    assert not run.of(events.RoundVoid)
+    expected = fedlearn.simulate(study_of())
+    if exchange is Exchange.UNMASK:
+        assert digest(run.model) == digest(expected.weights)
+
+
+@pytest.mark.parametrize("exchange", ORDER)
+def test_a_site_that_is_killed_and_answers_is_a_dropout_or_exact(net, exchange):
+    """kill -9 and a restart just before the message: what it held is gone, what it committed is sent again."""
+    at_round = 1 if exchange is Exchange.CHECK_IN else 2
+
+    def meets(site, now, number, attempt):
+        if (site, now, number, attempt) == ("dee", exchange, at_round, 1):
+            net.sites.kill(site)
+
+    run = net.run(study_of(), meets=meets)
+    # Before the first check-in there is nothing to lose; before the opening the vector is in the sum already.
+    expected = 4 if exchange in {Exchange.CHECK_IN, Exchange.UNMASK} else 3
+    assert clients_of(run)[at_round - 1] == expected
+    assert not run.of(events.RoundVoid)
+
+
+def test_below_the_threshold_nothing_is_opened_and_the_next_attempt_has_fresh_keys(net):
+    vectors, opened = [], []
+
+    def meets(site, now, number, attempt):
+        if now is Exchange.UNMASK:
+            opened.append((number, attempt))
+        if now is Exchange.TRAIN and (number, attempt) == (2, 1) and site in {"bob", "cyd"}:
+            raise RuntimeError("pulled the plug")
+
+    net.sites.replies.clear()
+    run = net.run(study_of(), meets=meets)
+    (void,) = run.of(events.RoundVoid)
+    assert (void.round, void.attempt) == (2, 1)
+    assert (2, 1) not in opened
+    assert (2, 2) in opened
+    vectors = [
+        decode_said(name, reply.content).body
+        for name, exchange, reply in net.sites.replies
+        if exchange is Exchange.TRAIN and name == "ada"
+    ]
+    assert len(set(vectors)) == 4
+    assert digest(run.model) == digest(fedlearn.simulate(study_of()).weights)
+
+
+def test_a_run_ends_when_every_attempt_is_void(net):
+    def meets(site, now, _number, _attempt):
+        if now is Exchange.SHARE and site in {"ada", "bob"}:
+            raise RuntimeError("pulled the plug")
+
+    with pytest.raises(RunFailedError, match="void 3 times"):
+        net.run(study_of(), meets=meets)
+
+
+@pytest.mark.parametrize("exchange", ORDER)
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_coordinator_that_is_killed_resumes_to_the_same_bits(net, exchange, after):
+    journal, number = DictJournal(), next(RUNS)
+    met: list[str] = []
+
+    def meets(site, now, at_round, _attempt):
+        if now is exchange and at_round == (1 if exchange is Exchange.CHECK_IN else 2):
+            met.append(site)
+            if len(met) == after + 1:
+                net.cancel()
+
+    with pytest.raises(GridCancelledError):
+        net.run(study_of(), meets=meets, journal=journal, number=number)
+    run = net.run(study_of(), journal=journal, number=number)
+    assert not run.of(events.RoundVoid)
+    assert digest(run.model) == digest(fedlearn.simulate(study_of()).weights)
+
+
+def test_a_coordinator_and_a_site_that_are_killed_together_end_void_or_exact(net):
+    """The site had committed its vector: the coordinator gets it again, and opens the sum with the three others."""
+    journal, number = DictJournal(), next(RUNS)
+
+    def meets(_site, now, at_round, _attempt):
+        if now is Exchange.UNMASK and at_round == 2:
+            net.cancel()
+
+    with pytest.raises(GridCancelledError):
+        net.run(study_of(), meets=meets, journal=journal, number=number)
+    net.sites.kill("cyd")
+    run = net.run(study_of(), journal=journal, number=number)
+    assert digest(run.model) == digest(fedlearn.simulate(study_of()).weights)
+
+
+def test_no_key_share_or_seed_is_in_a_log(net, caplog, monkeypatch):
+    secrets: list[bytes] = []
+
+    def remember(name, module, pick):
+        real = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            found = real(*args, **kwargs)
+            secrets.extend(pick(args, found))
+            return found
+
+        monkeypatch.setattr(module, name, watched)
+
+    remember("new_key", secagg_client, lambda _args, found: [found.secret])
+    remember("split", secagg_client, lambda args, found: [args[0], *found])
+    remember("derive", primitives, lambda _args, found: [found])
+    caplog.set_level(logging.DEBUG)
+
+    def meets(site, now, number, _attempt):
+        if (site, now, number) == ("bob", Exchange.TRAIN, 2):
+            raise RuntimeError("pulled the plug")
+
+    run = net.run(study_of(), meets=meets)
+    assert len(secrets) > 100
+    logged = caplog.text + repr(run.events)
+    for secret in secrets:
+        assert secret.hex() not in logged
+        assert repr(secret)[2:-1] not in logged
+        assert str(int.from_bytes(secret, "big")) not in logged
+
+
+@pytest.mark.slow
+def test_four_hospitals(net, tmp_path):
+    study = fedlearn.load_study(HEART, ("rounds=3", "secure_aggregation.enabled=true"))
+    names = ("cleveland", "hungary", "switzerland", "va-long-beach")
+    sites = DeskSites("hospital/heart")
+    with link_net(tmp_path, names, handler_of=sites.handler) as link:
+        run = Net(link, sites).run(study)
+    assert digest(run.model) == digest(fedlearn.simulate(study).weights)

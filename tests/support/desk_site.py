@@ -42,12 +42,16 @@ class DeskSites:
     """Sites by name, each of which can be killed: what it held in memory is gone, what it committed is not.
 
     Args:
-        task: that they take part in.
+        tasks: that they take part in.
+
+    Attributes:
         meets: told of each request before it is answered: `meets(site, exchange, round, attempt)`. Raises to lose it.
+        replies: every reply that left, by site and exchange.
     """
 
-    def __init__(self, task: str, meets: Callable[[str, Exchange, int, int], None] = lambda *_asked: None) -> None:
-        self._task, self.meets = task, meets
+    def __init__(self, *tasks: str) -> None:
+        self._tasks = tasks
+        self.meets: Callable[[str, Exchange, int, int], None] = lambda *_asked: None
         self._disks: dict[str, MemoryDisk] = {}
         self._sites: dict[str, Site] = {}
         self._bundles: dict[str, TlsBundle] = {}
@@ -71,7 +75,7 @@ class DeskSites:
     def kill(self, name: str) -> None:
         """kill -9 and a restart."""
         app = load_app()
-        rules = SiteRules().with_defaults(self._task, app.digest)
+        rules = SiteRules(tasks=self._tasks)
         gate = SiteGate(MemoryJournal(self._disks[name]), CostCharger({}))
         config = {"client-id": name, "device": "cpu", BY_AGENT: True}
         self._sites[name] = Site(Desk(), rules, gate, config, None, site_masking(self._bundles[name], app))
