@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -30,8 +31,8 @@ GUESSED_SHARES: Final = (0.1, 0.2, 0.4, 0.9)
 CONFIDENCE: Final = 0.95
 LARGEST_BOUND: Final = 20.0
 """No bound above this is looked for: with m canaries it cannot exceed about ln m."""
-_COARSE: Final = 0.1
-_FINE: Final = 1e-3
+_COARSE: Final = 0.125
+_FINE: Final = 5e-4
 _POWER_SEED: Final = 20230515
 FEWEST: Final = 10
 """Canaries; with fewer no guess can be surprising."""
@@ -50,17 +51,16 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
         epsilon: from 0.
         delta: from 0 to 1.
     """
-    from scipy.stats import binom
-
     if not 0 <= correct <= guesses <= canaries:
         raise ValueError(f"audit: got {correct} right of {guesses} guesses at {canaries} canaries")
     if not (epsilon >= 0 and 0 <= delta <= 1):
         raise ValueError(f"audit: got epsilon {epsilon}, delta {delta}")
     if correct == 0:
         return 1.0
-    right = 1.0 / (1.0 + math.exp(-epsilon))
-    tail = float(binom.sf(correct - 1, guesses, right))
-    below = np.cumsum(binom.pmf(np.arange(correct - 1, -1, -1), guesses, right))
+    log_right = -math.log1p(math.exp(-epsilon))
+    mass = np.exp(_log_choices(guesses) + log_right * guesses - epsilon * np.arange(guesses, -1, -1))
+    tail = float(mass[correct:].sum())
+    below = np.cumsum(mass[correct - 1 :: -1])
     worst = float(np.max(below / np.arange(1, correct + 1)))
     return min(1.0, tail + 2 * canaries * delta * worst)
 
@@ -77,11 +77,25 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
         return p_value(canaries, guesses, correct, epsilon, delta) <= error
 
     # From below: the p-value need not rise everywhere, and a bound stands on all that is below it.
-    found = 0.0
-    for stride in (_COARSE, _FINE):
-        while found + stride <= LARGEST_BOUND and refuted(found + stride):
-            found += stride
-    return round(found, 3) if refuted(0.0) else 0.0
+    steps = 0
+    while steps * _COARSE < LARGEST_BOUND and refuted(steps * _COARSE):
+        steps += 1
+    if steps == 0:
+        return 0.0
+    low, high = (steps - 1) * _COARSE, steps * _COARSE
+    while high - low > _FINE:
+        middle = (low + high) / 2
+        low, high = (middle, high) if refuted(middle) else (low, middle)
+    return math.floor(low * 1000) / 1000
+
+
+@lru_cache(maxsize=64)
+def _log_choices(count: int) -> npt.NDArray[np.float64]:
+    """Logarithms of how many ways there are to choose 0, 1, ..., count out of count."""
+    from scipy.special import gammaln
+
+    chosen = np.arange(count + 1)
+    return np.asarray(gammaln(count + 1) - gammaln(chosen + 1) - gammaln(count - chosen + 1))
 
 
 @dataclass(frozen=True)
@@ -186,7 +200,7 @@ def power(
     canaries: int,
     confidence: float = CONFIDENCE,
     factors: tuple[float, ...] = (1.0, 0.5, 0.3, 0.1, 0.0),
-    repetitions: int = 20,
+    repetitions: int = 50,
 ) -> tuple[Power, ...]:
     """What an audit of a plan can see, from the plan alone: canaries' scores are drawn as an honest white-box release has them.
 

@@ -104,7 +104,7 @@ def audit(
     Raises:
         StudyError: the study asks for no privacy, or a number does not fit.
         DataError: there is no such client.
-        UnsupportedError: a client was named, and it is clients that are protected.
+        UnsupportedError: a client was named, and it is clients that are protected; or noise is correlated.
         RunFailedError: a client could not train.
     """
     study, started = ready.study, time.monotonic()
@@ -121,8 +121,13 @@ def audit(
             f"audit of client {client!r}: this study protects clients, so the canaries are clients",
             hint="leave --client away",
         )
+    if plan.matrix is not None:
+        raise UnsupportedError(
+            "audit: privacy.mechanism = 'ftrl': this attacker adds up releases whose noise is independent",
+            hint="the noise of such plans is measured by their own tests",
+        )
     asked = plan if delta is None else replace(plan, delta=delta)
-    claim = account(asked.cost(), asked.delta).reported
+    claim = account(asked.whole_cost(), asked.delta).reported
     shadows, why_not = _shadows(ready, plan, shadows)
     error = 1 - confidence
     of_members = _MEMBERS_SHARE * error if shadows else 0.0

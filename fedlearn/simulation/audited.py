@@ -18,6 +18,7 @@ from fedlearn.learning.local import initial_weights
 from fedlearn.learning.rows import in_order
 from fedlearn.privacy.canaries import Canaries, CanarySitePlan, Evidence
 from fedlearn.release.journal import DictJournal
+from fedlearn.secure_aggregation import SecureAggregationTable
 from fedlearn.simulation.sequential import SequentialBackend
 from fedlearn.study import CohortTable, EvaluateTable, Study
 
@@ -69,9 +70,24 @@ def federate(
     return outcome.state.model
 
 
-def everybody_trains(study: Study) -> Study:
-    """A study of records or groups without cohorts or evaluations: who is asked is no secret that their guarantee rests on."""
-    return study.model_copy(update={"cohort": CohortTable(), "evaluate": EvaluateTable(every=0)})
+def bare(study: Study, plan: PrivacyPlan, cohort: CohortTable | None = None) -> Study:
+    """A study with the noise of its plan and nothing that only costs time: no evaluations; no masks, under which the sum is the same.
+
+    Args:
+        study: asks for privacy.
+        plan: the study's.
+        cohort: in place of its own. For records and groups everybody trains: their guarantee does not rest on who is asked.
+    """
+    assert study.privacy is not None
+    fixed = {"epsilon": None, "noise_multiplier": plan.noise_multiplier, "evaluation_noise": None, "units": plan.units}
+    return study.model_copy(
+        update={
+            "privacy": study.privacy.model_copy(update=fixed),
+            "cohort": CohortTable() if cohort is None else cohort,
+            "evaluate": EvaluateTable(every=0),
+            "secure_aggregation": SecureAggregationTable(),
+        }
+    )
 
 
 def company_of(population: Population, client: str | None = None) -> tuple[str, ...]:
@@ -143,7 +159,7 @@ def audit_site(
     """
     clients = company_of(population, client)
     among = client or clients[0]
-    study = everybody_trains(study)
+    study = bare(study, plan)
     initial = initial_weights(population.task, study)
     evidence = Evidence(Canaries(count, sizes_of(initial), study.seed), plan)
     federate(study, population, strategy, _Site(study, population, strategy, clients, among, evidence), initial, emit)

@@ -24,9 +24,9 @@ from fedlearn.learning.update import DELTA, UNCLIPPED, Aggregate, Update
 from fedlearn.privacy.canaries import WIDENED, Canaries, Evidence
 from fedlearn.privacy.plan import FixedCohort, PrivacyPlan
 from fedlearn.privacy.study import clip_in, plan_of
-from fedlearn.simulation.audited import Audited, company_of, federate, sizes_of
+from fedlearn.simulation.audited import Audited, bare, company_of, federate, sizes_of
 from fedlearn.simulation.sequential import SequentialBackend
-from fedlearn.study import EvaluateTable, Study
+from fedlearn.study import Study
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -154,14 +154,11 @@ def _with_room(study: Study, plan: PrivacyPlan, present: int) -> tuple[Study, Pr
     Coins and full participation say nothing of others, so canaries come on top. A fixed cohort is drawn out of a population: both grow by
     the same factor, which changes neither the probability to be drawn nor the noise in clips.
     """
-    assert study.privacy is not None
     times = max(1, math.ceil(present / plan.units)) if isinstance(plan.sampling, FixedCohort) else 1
-    privacy = study.privacy.model_copy(
-        update={"units": plan.units * times, "epsilon": None, "noise_multiplier": plan.noise_multiplier}
-    )
     size = None if study.cohort.size is None else study.cohort.size * times
-    cohort = study.cohort.model_copy(update={"size": size, "minimum": 1, "wait_for": None})
-    study = study.model_copy(update={"privacy": privacy, "cohort": cohort, "evaluate": EvaluateTable(every=0)})
+    study = bare(study, plan, study.cohort.model_copy(update={"size": size, "minimum": 1, "wait_for": None}))
+    privacy = study.privacy.model_copy(update={"units": plan.units * times}) if study.privacy else None
+    study = study.model_copy(update={"privacy": privacy})
     try:
         grown = plan_of(study)
     except StudyError as error:

@@ -18,9 +18,8 @@ from fedlearn.learning.local import initial_weights
 from fedlearn.learning.task import Batch, ClientData, Population, build_model
 from fedlearn.privacy.membership import confidence_scores
 from fedlearn.privacy.plan import Unit
-from fedlearn.simulation.audited import company_of, everybody_trains, federate
+from fedlearn.simulation.audited import bare, company_of, federate
 from fedlearn.simulation.sequential import SequentialBackend
-from fedlearn.study import EvaluateTable, Study
 
 if TYPE_CHECKING:
     from fedlearn.learning.backend import Work
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from fedlearn.learning.strategy import Strategy
     from fedlearn.privacy.audit import Coins, Scores
     from fedlearn.privacy.plan import PrivacyPlan
+    from fedlearn.study import Study
 
 MOST_SCORED: Final = 2_000
 """Rows of a client that models are compared on."""
@@ -68,7 +68,7 @@ def train_shadows(
     """
     by_client = plan.unit is Unit.CLIENT
     clients = tuple(population.client_ids) if by_client else company_of(population)
-    study = study.model_copy(update={"evaluate": EvaluateTable(every=0)}) if by_client else everybody_trains(study)
+    study = bare(study, plan, study.cohort if by_client else None)
     initial = initial_weights(population.task, study)
     owners = [_Owners.of(client, population.client(client).train, plan.unit) for client in clients]
     scores, inside = [], []
