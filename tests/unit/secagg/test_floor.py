@@ -1,5 +1,6 @@
 """The floor of honest clients: formulas, and an adversary that tells everybody something else."""
 
+import itertools
 import math
 
 import pytest
@@ -64,6 +65,21 @@ def test_no_told_survivors_open_a_sum_below_it(n, data):
     exact_floor = _floor_of(n, minimum, found.threshold, corrupt_count, level_told if reached else 0)
     for one in sums:
         assert len(one) >= exact_floor
+
+
+@pytest.mark.parametrize(("n", "minimum"), [(4, 3), (4, 4), (5, 4), (5, 5)])
+def test_every_lie_that_there_is_to_few_clients(n, minimum):
+    """All sets of survivors that the honest clients can be told, together: the formula is met, and by some lie exactly."""
+    found = parameters(n, PPM // 10, PPM // 10)
+    honest = range(1, n)
+    stories = [[s for s in range(1 << n) if s >> c & 1 and s.bit_count() >= minimum] for c in honest]
+    smallest = dict.fromkeys(range(minimum, n + 1), n)
+    for told in itertools.product(*stories):
+        for one in learnable(Graph(found), (1 << n) - 1, dict(zip(honest, told, strict=True)), 1):
+            for level in smallest:  # a level's keys are opened by a threshold, the colluder among them
+                if level == minimum or sum(s.bit_count() >= level for s in told) + 1 >= found.threshold:
+                    smallest[level] = min(smallest[level], len(one))
+    assert smallest == {level: _floor_of(n, minimum, found.threshold, 1, level) for level in smallest}
 
 
 def _floor_of(n: int, minimum: int, threshold: int, against: int, survivors: int) -> int:

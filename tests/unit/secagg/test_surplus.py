@@ -87,6 +87,21 @@ def test_survivors_open_the_keys_of_the_level_that_they_reach(profile, gone, lev
     assert [*world.server.total.integers.tolist(), world.server.total.weight] == world.expected(kept)
 
 
+def test_who_vanishes_before_it_opens_has_its_surplus_opened_by_the_others():
+    world = world_of().agreed()
+    promised = promised_in(world)
+    for name, message in list(world.out.items())[:-1]:
+        world.server.receive(name, world.clients[name].receive(message))
+    world.server.close()
+    assert len(world.server.surplus_keys) == 6
+    assert {anchor_of(key, 2) for key in world.server.surplus_keys} == promised
+
+
+def promised_in(world: World) -> set[bytes]:
+    """What the clients promised; their keys are gone."""
+    return {message.surplus_anchor for message in world.server._came[Stage.SHARE].values()}
+
+
 def test_a_client_holds_its_key_until_its_update_is_masked():
     world = world_of().delivered()
     client = world.clients[name_of(0)]
@@ -101,17 +116,17 @@ def test_a_client_holds_its_key_until_its_update_is_masked():
 
 def test_a_false_share_is_passed_over_and_named():
     world = world_of().agreed()
+    liar = name_of(0)
     for name, message in world.out.items():
         opening = world.clients[name].receive(message)
-        if name == name_of(5):
-            spoiled = (*opening.surplus[:1], opening.surplus[2], *opening.surplus[2:])
-            index = 5
-            signed = world.server._transcript.opening(index, world.server._survivors, 6, (*opening.shares, *spoiled))
-            opening = replace(opening, surplus=spoiled, signature=world.clients[name]._sign(signed))
+        if name == liar:
+            false = (opening.surplus[0], opening.surplus[2], *opening.surplus[2:])
+            signed = world.server._transcript.opening(0, world.server._survivors, 6, (*opening.shares, *false))
+            opening = replace(opening, surplus=false, signature=world.clients[name]._sign(signed))
         world.server.receive(name, opening)
     world.server.close()
-    assert len(world.server.surplus_keys) == 6
-    assert world.server.culprits in ((), (name_of(5),))
+    assert {anchor_of(key, 2) for key in world.server.surplus_keys} == promised_in(world)
+    assert world.server.culprits == (liar,)
 
 
 def test_a_false_promise_leaves_that_clients_noise_in_the_sum():
