@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fedlearn.errors import UnsupportedError
-from fedlearn.privacy.gradient_rules import RULES, Gradients, places_of, why_not
+from fedlearn.privacy.gradient_rules import Gradients, apply_rule, places_of, why_not
 
 if TYPE_CHECKING:
     from torch.autograd.graph import GradientEdge
@@ -80,7 +80,7 @@ class _Layer:
 
     def prepare(self, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], Gradients]]:
         """Squared norms, shape (batch,), and a function from clip factors, shape (batch,), to the layer's clipped sums."""
-        return RULES[type(self.module)](self.module, a, g)
+        return apply_rule(self.module, a, g, weight="weight" in self.names, bias="bias" in self.names)
 
 
 class GhostGradients:

@@ -1,7 +1,8 @@
 """What a layer's input and its output's gradient say of its own gradients: one rule for each kind of layer.
 
-A rule takes the layer, its input `a` and the gradient `g` of its output, both with one row for each example. It gives the squared norm of each
-example's gradient, shape (batch,), and a function from factors, shape (batch,), to the sums of gradients times factors, by parameter name.
+A rule takes the layer, its input `a` and the gradient `g` of its output, both with one row for each example, and whether its bias is trained
+beside its weight. It gives the squared norm of each example's gradient of what is trained, shape (batch,), and a function from factors, shape
+(batch,), to the sums of gradients times factors, by parameter name. What is frozen enters no norm: it would clip what is not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 Gradients = dict[str, torch.Tensor]
 Weighted = Callable[[torch.Tensor], Gradients]
-Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Weighted]]
+Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, Weighted]]
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -42,10 +43,31 @@ def _square(x: torch.Tensor) -> torch.Tensor:
     return norms.square()
 
 
-def _linear(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Weighted]:
+def apply_rule(
+    module: nn.Module, a: torch.Tensor, g: torch.Tensor, *, weight: bool, bias: bool
+) -> tuple[torch.Tensor, Weighted]:
+    """A layer's rule; see the module's text.
+
+    Args:
+        module: of a kind that there is a rule for.
+        a: its input.
+        g: the gradient of its output.
+        weight: whether its weight is trained.
+        bias: whether its bias is.
+    """
+    if weight:
+        return RULES[type(module)](module, a, g, bias)
+    own = len(module.weight.shape) if isinstance(module, nn.LayerNorm) else 1
+    total = g.flatten(2).sum(2) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.GroupNorm) and g.ndim > 2 else g
+    places = tuple(range(1, total.ndim - own))
+    total = total.sum(places) if places else total
+    return _square(total), lambda factors: {"bias": torch.tensordot(factors, total, 1)}
+
+
+def _linear(module: nn.Module, a: torch.Tensor, g: torch.Tensor, bias: bool) -> tuple[torch.Tensor, Weighted]:
     assert isinstance(module, nn.Linear)
     if a.ndim > 2:
-        return _sequence(places_of(a), places_of(g), module.weight.shape, bias=module.bias is not None)
+        return _sequence(places_of(a), places_of(g), module.weight.shape, bias=bias)
 
     squared = _square(a) * _square(g)
 
@@ -53,7 +75,7 @@ def _linear(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.
         scaled = g * factors[:, None]
         return {"weight": scaled.t() @ a, "bias": scaled.sum(0)}
 
-    return squared + _square(g) if module.bias is not None else squared, weighted
+    return squared + _square(g) if bias else squared, weighted
 
 
 def _sequence(a: torch.Tensor, g: torch.Tensor, shape: torch.Size, *, bias: bool) -> tuple[torch.Tensor, Weighted]:
@@ -81,7 +103,7 @@ def _sequence(a: torch.Tensor, g: torch.Tensor, shape: torch.Size, *, bias: bool
     return squared + more, weighted
 
 
-def _convolution(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Weighted]:
+def _convolution(module: nn.Module, a: torch.Tensor, g: torch.Tensor, bias: bool) -> tuple[torch.Tensor, Weighted]:
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
     assert not isinstance(module.padding, str)
     flat = isinstance(module, nn.Conv1d)  # a picture of one row
@@ -90,13 +112,12 @@ def _convolution(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[t
     kernel, dilation, stride = ((1, *x) if flat else x for x in (module.kernel_size, module.dilation, module.stride))
     padding = (0, *module.padding) if flat else module.padding
     patches = functional.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride)
-    return _sequence(
-        patches.transpose(1, 2), g.flatten(2).transpose(1, 2), module.weight.shape, bias=module.bias is not None
-    )
+    return _sequence(patches.transpose(1, 2), g.flatten(2).transpose(1, 2), module.weight.shape, bias=bias)
 
 
-def _embedding(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Weighted]:
+def _embedding(module: nn.Module, a: torch.Tensor, g: torch.Tensor, bias: bool) -> tuple[torch.Tensor, Weighted]:
     assert isinstance(module, nn.Embedding)
+    assert not bias
     tokens, g = a.reshape(a.shape[0], -1), places_of(g)
     if module.padding_idx is not None:
         g = g * (tokens != module.padding_idx)[:, :, None].to(g.dtype)
@@ -110,7 +131,9 @@ def _embedding(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[tor
     return squared, weighted
 
 
-def _normalisation(normalised: torch.Tensor, g: torch.Tensor, places: tuple[int, ...]) -> tuple[torch.Tensor, Weighted]:
+def _normalisation(
+    normalised: torch.Tensor, g: torch.Tensor, places: tuple[int, ...], *, bias: bool
+) -> tuple[torch.Tensor, Weighted]:
     """Scale and shift of what was normalised; `places` are the dimensions that share them."""
     scale = (g * normalised).sum(places) if places else g * normalised
     shift = g.sum(places) if places else g
@@ -118,23 +141,21 @@ def _normalisation(normalised: torch.Tensor, g: torch.Tensor, places: tuple[int,
     def weighted(factors: torch.Tensor) -> Gradients:
         return {"weight": torch.tensordot(factors, scale, 1), "bias": torch.tensordot(factors, shift, 1)}
 
-    return _square(scale), weighted
+    return _square(scale) + _square(shift) if bias else _square(scale), weighted
 
 
-def _layer_norm(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Weighted]:
+def _layer_norm(module: nn.Module, a: torch.Tensor, g: torch.Tensor, bias: bool) -> tuple[torch.Tensor, Weighted]:
     assert isinstance(module, nn.LayerNorm)
     normalised = functional.layer_norm(a, module.normalized_shape, eps=module.eps)
     places = tuple(range(1, a.ndim - len(module.normalized_shape)))
-    squared, weighted = _normalisation(normalised, g, places)
-    return squared + _square(g.sum(places) if places else g) if module.bias is not None else squared, weighted
+    return _normalisation(normalised, g, places, bias=bias)
 
 
-def _group_norm(module: nn.Module, a: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Weighted]:
+def _group_norm(module: nn.Module, a: torch.Tensor, g: torch.Tensor, bias: bool) -> tuple[torch.Tensor, Weighted]:
     assert isinstance(module, nn.GroupNorm)
     normalised = functional.group_norm(a, module.num_groups, eps=module.eps)
     places = tuple(range(2, a.ndim))
-    squared, weighted = _normalisation(normalised, g, places)
-    return squared + _square(g.sum(places) if places else g), weighted
+    return _normalisation(normalised, g, places, bias=bias)
 
 
 RULES: Final[dict[type[nn.Module], Rule]] = {
