@@ -1,4 +1,7 @@
-"""`fedlearn demo`: four real hospitals, each its own process with its own file, train one model over mutual TLS on this machine."""
+"""`fedlearn demo`: four real hospitals, each its own process with its own file, train one model over mutual TLS on this machine.
+
+Each hospital's patients are protected by differential privacy, and its update leaves it under masks, so that the coordinator reads sums alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +29,22 @@ from fedlearn.cli.view import RunView
 from fedlearn.errors import INTERRUPTED_EXIT_CODE, LinkError, RunFailedError, StateError
 
 if TYPE_CHECKING:
+    from fedlearn.privacy.ledger_file import AccountState
     from fedlearn.report.comparison import Comparison
 
-STUDY: Final = "simulations/heart.toml"
+STUDY: Final = "simulations/heart_private.toml"
+PLAIN_STUDY: Final = "simulations/heart.toml"
 TASK: Final = "hospital/heart"
+DATA_SET: Final = "heart-disease"
+POLICY: Final = f"""\
+# What this hospital takes part in, whatever a coordinator asks; see docs/privacy.md.
+dataset = "{DATA_SET}"
+
+[budgets.record]
+epsilon = 3
+delta = 1e-5
+rule = "fixed" # every charge is of one kind, so the exact accountant may add them up
+"""
 START_S: Final = 60.0
 STOP_S: Final = 10.0
 _POLL_S: Final = 0.05
@@ -40,34 +55,61 @@ def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything goes; replaced.")] = Path(
         "demo-run"
     ),
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain", help="Without privacy and masks: then a simulation gives the same model, byte for byte."
+        ),
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
     """Four real hospitals train one model, each in its own process with its own data, over mutual TLS on this machine.
 
-    Ends with each hospital's AUC when it trains alone, in the federation, and when all data lies in one place, and checks
-    that the simulation of the same study gives the same model, byte for byte.
+    Every patient is protected by differential privacy, and the coordinator reads sums of masked updates alone. Ends with what each
+    hospital's ledger says was spent, what the coordinator saw of one hospital, and each hospital's AUC when it trains alone, in the
+    federation, and when all data lies in one place.
     """
     del debug
     os.environ["OMP_NUM_THREADS"] = "1"
     folder = _fresh(out)
     say = _silent if json else _say
     view = RunView(rows=not json)
+    setting = _Setting(PLAIN_STUDY if plain else STUDY, rounds, folder, private=not plain)
     try:
         with ExitStack() as stack:
-            result = _federate(folder, rounds, view, stack, say)
+            result = _federate(setting, view, stack, say)
     except KeyboardInterrupt:
         print("interrupted; the coordinator and the hospitals are stopped", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
-    say("\ncomparing: the same study as a simulation, each hospital alone, and all data in one place ...")
-    comparison = _compare(rounds, result.weights, folder)
+    ledgers = _ledgers(setting)
+    say("\ncomparing: each hospital alone, and all data in one place ...")
+    comparison = _compare(setting, result.weights)
     if json:
-        print_json(_report(folder, comparison, result, view))
+        print_json(_report(setting, comparison, result, view, ledgers))
     else:
-        _print(folder, comparison)
-    if not comparison.identical:
+        _print(setting, comparison, ledgers)
+    if comparison.identical is False:
         raise RunFailedError("the simulation's weights differ from the federation's, expected the same bytes")
     return 0
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What the demo was asked for."""
+
+    study: str
+    rounds: int | None
+    folder: Path
+    private: bool
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        # A hospital that cannot start ends the demo in a minute, not in ten.
+        return ("runtime.wait_s=60", *(() if self.rounds is None else (f"rounds={self.rounds}",)))
+
+    def home(self, hospital: str) -> Path:
+        return self.folder / "hospitals" / hospital
 
 
 @dataclass(frozen=True)
@@ -77,13 +119,14 @@ class _Result:
     seconds: float
 
 
-def _federate(folder: Path, rounds: int | None, view: RunView, stack: ExitStack, say: Any) -> _Result:
+def _federate(setting: _Setting, view: RunView, stack: ExitStack, say: Any) -> _Result:
     from fedlearn.app import load_app
     from fedlearn.cli import certs
     from fedlearn.cli.fetch import fetch
     from fedlearn.cli.runs import connect, follow
     from fedlearn.link import tls
 
+    folder = setting.folder
     state = folder / "coordinator"
     files = split_by_hospital(folder / "hospitals")
     say(f"{len(files)} hospitals, each with its own file and nothing else:")
@@ -100,15 +143,20 @@ def _federate(folder: Path, rounds: int | None, view: RunView, stack: ExitStack,
     address = children.wait_for_file(where)
     say(f"\ncoordinator at {address}, mutual TLS with a development authority")
     for name, (path, _) in files.items():
-        home = folder / "hospitals" / name
+        home = setting.home(name)
+        policy: tuple[str, ...] = ()
+        if setting.private:
+            (home / "policy.toml").write_text(POLICY)
+            policy = ("--policy", str(home / "policy.toml"))
         children.start(
             name,
             *("client", "--server", address, "--tls", str(home / "tls"), "--state", str(home / "state")),
             *("--task", TASK, "--data", str(path), "--device", "cpu"),
+            *policy,
         )
-    study = load_app().study(STUDY)
+    study = load_app().study(setting.study)
     control = stack.enter_context(connect(address, state / certs.OPERATOR_BUNDLE))
-    run_id = control.submit(study.read_text(), _overrides(rounds))
+    run_id = control.submit(study.read_text(), setting.overrides)
     with view:
         follow(control, run_id, view)
     if not isinstance(view.ended, events.RunFinished):
@@ -209,18 +257,40 @@ class Children:
                 process.wait()
 
 
-def _compare(rounds: int | None, weights: bytes, folder: Path) -> Comparison:
+def _ledgers(setting: _Setting) -> list[tuple[str, AccountState]]:
+    """What each hospital's own ledger says, its signatures verified."""
+    from fedlearn.privacy.ledger_file import account_states, ledgers_in, read_records, verify_ledger
+
+    found = []
+    for home in sorted(setting.folder.glob("hospitals/*/state")) if setting.private else ():
+        for ledger in ledgers_in(home):
+            if problems := verify_ledger(ledger).problems:
+                raise StateError(f"{ledger}: {problems[0]}")
+            found += [(home.parent.name, state) for state in account_states(read_records(ledger))]
+    return found
+
+
+def _compare(setting: _Setting, weights: bytes) -> Comparison:
     from fedlearn.app import load_app
     from fedlearn.report.comparison import compare
     from fedlearn.study import load_study
 
-    found = compare(load_study(load_app().study(STUDY), _overrides(rounds)), weights)
-    found.plot(folder / "auc.png")
-    (folder / "comparison.json").write_text(jsonlib.dumps(found.table(), indent=1))
+    found = compare(load_study(load_app().study(setting.study), setting.overrides), weights)
+    found.plot(setting.folder / "auc.png")
+    (setting.folder / "comparison.json").write_text(jsonlib.dumps(found.table(), indent=1))
     return found
 
 
-def _print(folder: Path, comparison: Comparison) -> None:
+def _print(setting: _Setting, comparison: Comparison, ledgers: Sequence[tuple[str, AccountState]]) -> None:
+    folder = setting.folder
+    if ledgers:
+        print(
+            "\nWhat each hospital's own ledger has charged, every entry signed by it before the round's update left:\n"
+        )
+        charged = [
+            (name, s.account, s.charges, s.epsilon, s.budget.epsilon if s.budget else None) for name, s in ledgers
+        ]
+        print_table(charged, ("hospital", "account", "rounds", "epsilon", "budget"), indent="  ")
     print("\nAUC on each hospital's own test patients, a fifth of its own, that nobody trained on:\n")
     rows = comparison.table()
     print_table([tuple(row.values()) for row in rows], ("hospital", "test", *list(rows[0])[2:]), indent="  ")
@@ -228,36 +298,45 @@ def _print(folder: Path, comparison: Comparison) -> None:
         "\n  local only: the hospital trains alone. federated: what just ran. pooled: all rows in one place, which is"
     )
     print(
-        "  possible here only because this data is public. The same model, optimiser and passes over the data for all."
+        "  possible here only because this data is public."
+        + (" Neither protects anybody." if setting.private else " The same model, optimiser and passes for all.")
     )
     print("  One split of few patients says little (see how few are healthy in Switzerland): benchmarks/heart.py")
     print("  repeats it over 10 seeds, with intervals.")
-    print(
-        f"\nthe simulation's final weights {'are' if comparison.identical else 'ARE NOT'} the federation's, byte for byte\n"
-    )
+    if comparison.identical is not None:
+        verb = "are" if comparison.identical else "ARE NOT"
+        print(f"\nthe simulation's final weights {verb} the federation's, byte for byte")
+    print()
     for what, path in (
         ("model", folder / "model"),
         ("learning curve", folder / "model" / "curve.png"),
         ("AUC by hospital", folder / "auc.png"),
+        *((("policies", folder / "hospitals" / "*" / "policy.toml"),) if setting.private else ()),
+        *((("ledgers", folder / "hospitals" / "*" / "state" / "ledgers"),) if setting.private else ()),
         ("logs", folder / "logs"),
     ):
         print(f"{what:<16} {path}")
 
 
-def _report(folder: Path, comparison: Comparison, result: _Result, view: RunView) -> dict[str, Any]:
+def _report(
+    setting: _Setting,
+    comparison: Comparison,
+    result: _Result,
+    view: RunView,
+    ledgers: Sequence[tuple[str, AccountState]],
+) -> dict[str, Any]:
     return {
         "run": result.run,
         "rounds": view.rounds_done,
         "seconds": result.seconds,
         "hospitals": comparison.table(),
         "identical_to_simulation": comparison.identical,
-        "folder": str(folder),
+        "ledgers": [
+            {"hospital": name, "account": state.account, "charges": state.charges, "epsilon": state.epsilon}
+            for name, state in ledgers
+        ],
+        "folder": str(setting.folder),
     }
-
-
-def _overrides(rounds: int | None) -> tuple[str, ...]:
-    # A hospital that cannot start ends the demo in a minute, not in ten.
-    return ("runtime.wait_s=60", *(() if rounds is None else (f"rounds={rounds}",)))
 
 
 _MARK: Final = ".fedlearn-demo"

@@ -37,14 +37,15 @@ class Comparison:
         test_rows: client to how many test rows it has.
         labels: client to how many of them have each label; empty where labels are no named classes.
         scores: client to way (`WAYS`) to the metric.
-        identical: whether the simulation's weights are the given ones, byte for byte.
+        identical: whether the simulation's weights are the given ones, byte for byte; None where the federation's chance was secret, so that
+            nothing can repeat it.
     """
 
     metric: str
     test_rows: Mapping[str, int]
     labels: Mapping[str, Mapping[str, int]]
     scores: Mapping[str, Mapping[str, float]]
-    identical: bool
+    identical: bool | None
     title: str = field(default="")
 
     def table(self) -> list[dict[str, Any]]:
@@ -102,11 +103,13 @@ def compare(study: Study, federated: bytes | None = None) -> Comparison:
     """Run a study three ways in this process.
 
     The budget is the same everywhere: rounds x epochs passes over whatever rows a way may use. Weights start equal, and each
-    client's test rows are the ones that it holds out in the federation.
+    client's test rows are the ones that it holds out in the federation. Alone and pooled, nothing leaves and nothing is protected:
+    they train as [train] says, without [privacy].
 
     Args:
         study: on data that ships with its task, with natural clients or made ones.
-        federated: safetensors bytes of a federation's final model, compared with the simulation's; None skips that.
+        federated: safetensors bytes of a federation's final model; the simulation's is taken without them. Where all chance follows from
+            the seed, the two are compared.
 
     Raises:
         FedlearnError: as `simulate`.
@@ -119,8 +122,9 @@ def compare(study: Study, federated: bytes | None = None) -> Comparison:
     task = task_of(study)
     population = build_population(study, task)
     quiet = study.with_overrides(["evaluate.every=0"])
-    alone = type(study).model_validate(quiet.model_dump() | {"cohort": {}})
-    simulated = simulate_population(quiet, population).weights
+    alone = type(study).model_validate(quiet.model_dump() | {"cohort": {}, "privacy": None, "secure_aggregation": {}})
+    secret = federated is not None and study.privacy is not None and not study.privacy.seeded
+    simulated = arrays.from_bytes(federated) if secret else simulate_population(quiet, population).weights
     fields = {f.name: getattr(population, f.name) for f in dataclasses.fields(population) if f.name != "_cache"}
     pooled = simulate_population(alone, Together(**fields)).weights
     model = build_model(task, study.seed)
@@ -139,7 +143,7 @@ def compare(study: Study, federated: bytes | None = None) -> Comparison:
         {client: len(population.client(client).test) for client in population.rows},
         {client: _label_counts(task, population.client(client).test) for client in population.rows},
         scores,
-        identical=federated is None or arrays.to_bytes(simulated) == federated,
+        identical=None if secret else federated is None or arrays.to_bytes(simulated) == federated,
         title=study.description or study.name,
     )
 
