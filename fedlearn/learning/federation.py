@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,10 +26,11 @@ from fedlearn.learning.collect import Collector, collector_for, update_checksum,
 from fedlearn.learning.combine import check_combination
 from fedlearn.learning.conditions import Conditions
 from fedlearn.learning.postprocess import apply_on_server, chain_of
+from fedlearn.learning.recorded import claims_of, row_of
 from fedlearn.learning.strategy import ServerState, Strategy
-from fedlearn.learning.update import DELTA, Aggregate, Update
-from fedlearn.privacy.statement import Statements
+from fedlearn.learning.update import DELTA, Aggregate
 from fedlearn.privacy.evaluation import Reader
+from fedlearn.privacy.statement import Statements
 from fedlearn.privacy.study import with_clip, without_clip
 from fedlearn.release.checksum import checksum_of
 from fedlearn.release.coordinator import RoundMachine
@@ -216,7 +217,7 @@ class Federation:
         work = self._work(at, cohort, digest, roster)
         for reply in self._replies(work):
             reason = self._take(reply)
-            for client, facts, examples in _claims(reply):
+            for client, facts, examples in claims_of(reply):
                 if reason is None:
                     losses[client] = (facts.get("loss", math.nan), examples)
                     self._emit(events.ClientFinished(self._run, at.round, client, facts))
@@ -251,7 +252,7 @@ class Federation:
             environment={} if self._conditions is None else self._conditions.facts(at),
         )
         kept = {} if self._central is None else self._central.closing(at, roster)
-        self._machine.commit(_row(finished), {**kept, self._place("checkpoint"): state_to_bytes(self._state)})
+        self._machine.commit(row_of(finished), {**kept, self._place("checkpoint"): state_to_bytes(self._state)})
         self._emit(finished)
         self._evaluate_if_due()
 
@@ -271,6 +272,11 @@ class Federation:
                 partial.examples, self._machine.key, partial.checksum(), lambda total: total.merge(partial)
             )
         else:
+            if self._central is not None and isinstance(reply, Fitted):
+                reason = self._central.refusal(reply.update, self._state.shared)
+                if reason is not None:
+                    self._machine.gone(reply.client)
+                    return reason
             payload = reply.body if isinstance(reply, Said) else reply.update
             answer = self._machine.receive(reply.client, self._machine.key, payload)
         return getattr(answer, "message", None)
@@ -342,7 +348,7 @@ class Federation:
             means,
             {s.client: dict(s.metrics) | {"examples": s.examples} for s in scored},
         )
-        self._journal.write({self._place("evaluated", number): _row(event)})
+        self._journal.write({self._place("evaluated", number): row_of(event)})
         self._emit(event)
 
     def _evaluation_due(self) -> bool:
@@ -391,8 +397,9 @@ class Federation:
         needed = max(table.wait_for or table.size or 0, least, planned) if first else least
         clients = self._backend.clients(needed, self._study.runtime.wait_s)
         if len(clients) < needed:
+            refused = "".join(f"; refused: {why}" for why in dict.fromkeys(getattr(self._backend, "refusals", ())))
             raise RunFailedError(
-                f"run {self._run}: {len(clients)} clients connected within {self._study.runtime.wait_s:g} s, needs {needed}",
+                f"run {self._run}: {len(clients)} clients connected within {self._study.runtime.wait_s:g} s, needs {needed}{refused}",
                 hint="start the missing clients, or lower cohort.wait_for, cohort.size or cohort.minimum",
             )
         return clients
@@ -432,19 +439,6 @@ class Federation:
         return record_key(parts[0], self._run, *parts[1:])
 
 
-def _claims(reply: Fitted | Summed | Said | Failed) -> Iterator[tuple[str, Mapping[str, float], int]]:
-    """Each client of a reply, with its facts and training examples."""
-    match reply:
-        case Fitted(client, update):
-            yield client, update.facts, update.examples
-        case Said(client):
-            yield client, {}, 0
-        case Summed(partial, facts):
-            yield from ((client, facts[client], examples) for client, examples in partial.examples.items())
-        case Failed(client):
-            yield client, {}, 0
-
-
 def _central_plan(study: Study, journal: Journal, run: str, *, rehearsal: bool) -> CentralPlan | None:
     if study.privacy is None:
         return None  # so that a run without privacy loads nothing of it
@@ -455,13 +449,3 @@ def _central_plan(study: Study, journal: Journal, run: str, *, rehearsal: bool) 
 
 def _past_the_last(rounds: int) -> Begin:
     return Begin(AttemptId(rounds + 1, 1))
-
-
-def _row(event: events.RoundFinished | events.Evaluated) -> bytes:
-    row = events.to_dict(event, 0.0)
-    for key in ("event", "at", "run", "round"):
-        row.pop(key)
-    row.update(row.pop("environment", {}))
-    if isinstance(event, events.Evaluated):
-        row = {"metrics": row["mean"], "clients_metrics": row["clients"]}
-    return json.dumps(row, sort_keys=True).encode()

@@ -236,6 +236,14 @@ def test_too_few_clients(overrides, here, message):
         federation(study, Backend(study, here=here)).run()
 
 
+def test_why_clients_would_not_take_part_is_said():
+    study = tiny_study("cohort.wait_for=2")
+    backend = Backend(study, here=("ada",))
+    backend.refusals = ("budget: 3.1 of 3.0", "budget: 3.1 of 3.0", "another app")
+    with pytest.raises(RunFailedError, match=r"needs 2; refused: budget: 3\.1 of 3\.0; refused: another app$"):
+        federation(study, backend).run()
+
+
 def test_a_diverged_rule_ends_the_run_without_a_model():
     study = tiny_study("strategy.name=fedadam", "strategy.options={server_lr=1e300}")
     seen: list = []
