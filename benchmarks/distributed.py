@@ -16,11 +16,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
-from benchmarks.secagg import LENGTH, Row, cpu, least, page_rows, raw_cipher
+from benchmarks.secagg import LENGTH, Row, cpu, least, machine, page_rows, raw_cipher
 from fedlearn.privacy import accounting
 from fedlearn.privacy.distributed import DistributedPlan
 from fedlearn.privacy.events import Cost, Gaussian, Repeated
-from fedlearn.secagg.masks import cores
 from fedlearn.secagg.noise import Noise, add_noise, table_of
 from fedlearn.secagg.plan import Profile
 from fedlearn.secagg.primitives import Suite
@@ -116,7 +115,7 @@ def page(rows: list[Row]) -> str:
         [
             "# Distributed noise: CPU time of one core, bytes and prices",
             "",
-            f"`python -m benchmarks.distributed` on {cores()} cores, one of them used.",
+            f"`python -m benchmarks.distributed` on one core of {machine()}.",
             "",
             *page_rows(rows),
             "",

@@ -354,13 +354,16 @@ def page_rows(rows: list[Row]) -> list[str]:
     ]
 
 
-def page(rows: list[Row]) -> str:
+def machine() -> str:
     cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.split(":")[1].strip() for line in cpus if line.startswith("model name")), "one machine")
+    return next((line.split(":")[1].strip() for line in cpus if line.startswith("model name")), "one machine")
+
+
+def page(rows: list[Row]) -> str:
     lines = [
         "# Secure aggregation: CPU time of one round",
         "",
-        f"`python -m benchmarks.secagg` on {cores()} cores of {model}. CPU seconds, the least of several that take turns with",
+        f"`python -m benchmarks.secagg` on {cores()} cores of {machine()}. CPU seconds, the least of several that take turns with",
         "what they are compared with. Every sum was compared with the exact one, coordinate by coordinate.",
         "",
         *page_rows(rows),
