@@ -8,15 +8,16 @@ server rule the plan's numbers in place of the real ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from fedlearn.errors import RunFailedError
 from fedlearn.learning.cohort import pick_cohort
+from fedlearn.learning.postprocess import joint_l2_norm
 from fedlearn.learning.rows import in_order
-from fedlearn.learning.update import UNCLIPPED, Aggregate
+from fedlearn.learning.update import UNCLIPPED, Aggregate, Update
 from fedlearn.privacy.clipping import COUNT, central_release, denominator
 from fedlearn.privacy.ftrl_run import FtrlRun
 from fedlearn.privacy.plan import AdaptiveClip, FixedCohort, PoissonSampling, PrivacyPlan
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from fedlearn.release.journal import Changes, Journal
     from fedlearn.release.keys import AttemptId
     from fedlearn.study import Study
+
+_ROUNDING: Final = 1e-6
+"""How much longer than the clip a norm may come out, clipped in one order and added up in another."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,29 @@ class CentralPlan:
                 return tuple(ordered.at(int(i)) for i in np.sort(first))
             case _:
                 return tuple(ordered)
+
+    def refusal(self, update: Update, shared: Arrays) -> str | None:
+        """Why an update is not what a client sends under this plan, and stays out of the sum; None where it is.
+
+        Clients clip and weigh; one that does not, out of date or mistaken, would move the sum further than the noise covers.
+
+        Args:
+            update: as it came.
+            shared: what was broadcast, for the clip.
+        """
+        table = self.study.privacy
+        assert table is not None
+        if update.examples != 1 or update.facts:
+            return "privacy: the update says how many examples it is from, or more; under a client-level plan each counts once"
+        released = {name: arrays for name, arrays in update.private.items() if name != UNCLIPPED}
+        norm = joint_l2_norm(replace(update, private=released))
+        if not norm <= clip_in(table, shared) * (1 + _ROUNDING):
+            return "privacy: the update is longer than the plan's clip, or not finite"
+        if UNCLIPPED in update.private:
+            bit = update.private[UNCLIPPED].get(COUNT)
+            if bit is None or bit.shape != (1,) or bit[0] not in (0, 1):
+                return "privacy: the update's bit for the adaptive clip is neither 0 nor 1"
+        return None
 
     def release(self, at: AttemptId, total: SumCollector | OpenSum, shared: Arrays) -> tuple[Aggregate, float | None]:
         """What a round's sum becomes before anything is made of it.
