@@ -25,7 +25,7 @@ from fedlearn.release.keys import EVALUATE, TRAIN, UNMASK, AttemptId, ReleaseKey
 from fedlearn.release.records import Finished, InProgress, Refused, Reserved
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
     from client.accounts import Accounts
     from client.crew import Crew
@@ -72,7 +72,7 @@ class Site:
         self._node_config = dict(node_config)
         self._gate_lock = asyncio.Lock()
         self._computing: dict[ReleaseKey, asyncio.Event] = {}
-        self._sealing: set[asyncio.Task[bytes]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def handle(self, message: Message) -> Message:
         """The reply to one message.
@@ -213,26 +213,21 @@ class Site:
             compute: the work, and the memory after it. May be cancelled when nobody waits any more.
             seal: what the work becomes before it may leave. Masks are used once, so from here on it goes through to the commit, waited for or not.
         """
-        while True:
-            answer = await self._at_gate(reserve)
-            if isinstance(answer, InProgress):
-                await self._computing[key].wait()
-                continue
-            break
-        if isinstance(answer, Finished):
-            log.info("%s: sent again, %d bytes, computed once", key.at, len(answer.payload))
-            return answer.payload
-        reserved = _granted(answer)
+        while (other := self._computing.get(key)) is not None:
+            await other.wait()
         self._computing[key] = asyncio.Event()
         try:
-            content, state = await compute(reserved)
+            answer = await self._at_gate(reserve)
+            if isinstance(answer, Finished):
+                log.info("%s: sent again, %d bytes, computed once", key.at, len(answer.payload))
+                self._computing.pop(key).set()
+                return answer.payload
+            content, state = await compute(_granted(answer))
         except BaseException:
-            self._give_back(key)
+            # Nothing was committed, so nothing can have left: the reservation goes back. Not awaited: this may be a cancellation.
+            self._go_on(self._given_back(key))
             raise
-        sealing = asyncio.create_task(self._sealed(key, content, state, seal), name="release")
-        self._sealing.add(sealing)
-        sealing.add_done_callback(self._sealing.discard)
-        return await asyncio.shield(sealing)
+        return await asyncio.shield(self._go_on(self._sealed(key, content, state, seal)))
 
     async def _sealed(
         self, key: ReleaseKey, content: RecordDict, state: bytes | None, seal: Callable[[RecordDict], RecordDict]
@@ -241,7 +236,7 @@ class Site:
             payload = await asyncio.to_thread(lambda: records.pack(seal(content)))
             finished = await self._at_gate(lambda: self._gate.commit(key, payload, state=state))
         except BaseException:
-            self._give_back(key)
+            self._go_on(self._given_back(key))
             raise
         self._computing.pop(key).set()
         if isinstance(finished, Refused):
@@ -249,10 +244,16 @@ class Site:
         log.info("run %s, %s: %s of %d bytes committed and released", key.run, key.at, key.exchange, len(payload))
         return finished.payload
 
-    def _give_back(self, key: ReleaseKey) -> None:
-        """Nothing was committed, so nothing can have left: the reservation goes back. Not awaited, since this may be a cancellation."""
-        self._gate.abandon(key)
+    async def _given_back(self, key: ReleaseKey) -> None:
+        await self._at_gate(self._gate.abandon, key)
         self._computing.pop(key).set()
+
+    def _go_on(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Work that goes through to its end, waited for or not."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
 
     async def _compute(
         self, message: Message, run: str, state: bytes | None, guard: Guard | None
@@ -272,9 +273,12 @@ class Site:
         return self._gate.state(request.run)
 
     async def _at_gate(self, call: Callable[..., T], *args: Any) -> T:
-        """One gate call at a time, in a thread: it waits for the disk."""
+        """One gate call at a time, in a thread: it waits for the disk. One whose caller is cancelled is not overtaken by the next."""
+        return await asyncio.shield(self._go_on(self._alone_at_gate(call, *args)))
+
+    async def _alone_at_gate(self, call: Callable[..., T], *args: Any) -> T:
         async with self._gate_lock:
-            return await asyncio.shield(asyncio.to_thread(call, *args))
+            return await asyncio.to_thread(call, *args)
 
 
 class ForeignSite:
@@ -374,9 +378,10 @@ def _key(request: Request, exchange: str) -> ReleaseKey:
         raise RemoteProtocolError(f"message: {error}") from None
 
 
-def _granted(answer: Reserved | Refused) -> Reserved:
+def _granted(answer: Reserved | InProgress | Refused) -> Reserved:
     if isinstance(answer, Refused):
         raise _refusal(answer)
+    assert isinstance(answer, Reserved), "whoever asks again waits for the first, and does not come here"
     return answer
 
 

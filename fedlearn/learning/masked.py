@@ -227,6 +227,7 @@ class MaskedRounds(SecureRounds):
         for reply in self._say(Exchange.UNMASK, replace(work, cohort=tuple(sorted(requests))), requests):
             if isinstance(reply, Failed):
                 reason = f"client {reply.client!r}: {reply.reason}"
+                self._early.pop(reply.client, None)  # it may have been restarted, and asking again costs little
                 machine.gone(reply.client)
             elif isinstance(answer := machine.unmasked(reply.client, key, reply.body), Rejected):
                 reason = answer.message

@@ -230,7 +230,7 @@ def test_a_coordinator_that_is_killed_resumes_to_the_same_bits(net, exchange, af
     with pytest.raises(GridCancelledError):
         net.run(study_of(), meets=meets, journal=journal, number=number)
     run = net.run(study_of(), journal=journal, number=number)
-    assert not run.of(events.RoundVoid)
+    assert not run.of(events.RoundVoid), run.of(events.ClientDropped)
     assert digest(run.model) == digest(fedlearn.simulate(study_of()).weights)
 
 
