@@ -22,6 +22,8 @@ from fedlearn.simulation.ray_backend import RayBackend, import_ray
 from fedlearn.simulation.run import simulate
 from fedlearn.tasks import load_task
 from tests.support.fatal_task import NAME, crowd
+from tests.support.private_plans import PLANS
+from tests.support.ragged_task import population_of, ragged_study
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray forgets the processes and sockets that it opened
@@ -40,13 +42,25 @@ def ray():
 
 def run(study, make, **arguments):
     """Final state, and what was reported on the way."""
-    population = build_population(study, load_task(study.task.name, study.task.options))
+    return run_on(build_population(study, load_task(study.task.name, study.task.options)), study, make, **arguments)
+
+
+def run_on(population, study, make, **arguments):
     strategy = load_app().strategy(study.strategy.name, study.strategy.options)
     backend = make(study, population, strategy, **arguments)
     seen: list[events.Event] = []
     first = initial_weights(population.task, study)
     federation = Federation(
-        study, "run", strategy, first, backend, DictJournal(), metric="accuracy", emit=seen.append, may_join=False
+        study,
+        "run",
+        strategy,
+        first,
+        backend,
+        DictJournal(),
+        metric="accuracy",
+        emit=seen.append,
+        may_join=False,
+        rehearsal=True,
     )
     try:
         outcome = federation.run()
@@ -88,6 +102,42 @@ def test_bytes_are_the_batched_backends(ray, overrides, workers):
     assert everything(got) == everything(expected)
     assert not dropped
     assert backend.lost == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "strategy", "workers"),
+    [
+        *(("record adaptive", "scaffold", workers) for workers in (1, 2, 4)),
+        *(("client poisson adaptive", "fedavg", workers) for workers in (1, 2, 4)),
+        ("record", "ditto", 2),
+        ("client", "scaffold", 2),
+        ("client ftrl", "fedavg", 2),
+    ],
+)
+def test_bytes_are_the_batched_backends_under_every_plan(ray, kind, strategy, workers):
+    """Rows are split by unit there, so a test set says whether an actor splits them as the driver does."""
+    table = (
+        f"strategy.name={strategy}",
+        "task.options.hidden=4",
+        "data.folds=3",
+        "data.clients=12",
+        "evaluate.every=3",
+    )
+    study = crowd(*table, *PLANS[kind])
+    expected, _, _ = run(study, BatchedBackend)
+    got, dropped, _ = run(study, RayBackend, workers=workers)
+    assert everything(got) == everything(expected)
+    assert not dropped
+
+
+@pytest.mark.slow
+def test_models_that_train_one_by_one_under_a_plan_do_so_on_ray(ray):
+    """Convolutions: DP-SGD runs on the oracle's path in each actor, and only sums come back."""
+    study = ragged_study("task.options.model_name=cnn", "strategy.name=ditto", "rounds=2", *PLANS["record"])
+    expected, _, _ = run_on(population_of(study), study, BatchedBackend)
+    got, _, _ = run_on(population_of(study), study, RayBackend, workers=2)
+    assert everything(got) == everything(expected)
 
 
 @pytest.mark.slow
