@@ -164,19 +164,19 @@ class Federation:
             self._evaluate_if_due()
             while (step := self._machine.next_step) != _past_the_last(self._study.rounds):
                 if self._should_stop():
-                    privacy = self._say_released()
+                    privacy = self._statements.end(self.history(), self._machine)
                     self._emit(events.RunStopped(self._run, self._state.round))
                     return Outcome(self._state, self.history(), stopped=True, privacy=privacy)
                 self._round(step)
         except RunFailedError as error:
-            self._say_released()
+            self._statements.end(self.history(), self._machine)
             self._emit(events.RunFailed(self._run, error.message))
             raise
         finally:
             if self._collector is not None:
                 self._collector.close()
         digest = named.digest(self._state.model)
-        privacy = self._say_released()
+        privacy = self._statements.end(self.history(), self._machine)
         self._emit(events.RunFinished(self._run, self._state.round, self._clock.monotonic() - started_s, digest))
         return Outcome(self._state, self.history(), privacy=privacy)
 
@@ -189,12 +189,6 @@ class Federation:
             evaluated = self._journal.get(self._place("evaluated", number))
             rows.append({"round": number, **row, **({} if evaluated is None else json.loads(evaluated))})
         return tuple(rows)
-
-    def _say_released(self) -> Mapping[str, Any] | None:
-        begun = self._machine.state is not RoundState.IDLE
-        open_or_void = begun and self._machine.key.at.round > self._state.round
-        attempts = sum(row["attempt"] for row in self.history())
-        return self._statements.end(self._state.round, attempts + (self._machine.key.at.attempt if open_or_void else 0))
 
     def _round(self, step: Begin | Resume | RunOver) -> None:
         if isinstance(step, RunOver):

@@ -23,12 +23,14 @@ from fedlearn.privacy.plan import (
     claims,
 )
 from fedlearn.privacy.study import is_seeded, plan_of
+from fedlearn.release.round import RoundState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from fedlearn.privacy.accounting import Accounted
     from fedlearn.privacy.plan import Evaluation
+    from fedlearn.release.coordinator import RoundMachine
     from fedlearn.study import Study
 
 PLANNED, RELEASED = "planned", "released"
@@ -150,8 +152,16 @@ class Statements:
         """Say the promise."""
         self._say(planned(self._study, rehearsal=self._rehearsal))
 
-    def end(self, committed: int, attempts: int) -> dict[str, Any] | None:
-        """Say the cost, and give it back; see `released`."""
+    def end(self, history: Sequence[Mapping[str, Any]], machine: RoundMachine[Any, Any]) -> dict[str, Any] | None:
+        """Say the cost, and give it back; see `released`.
+
+        Args:
+            history: one row for each committed round.
+            machine: where the run stands.
+        """
+        committed, attempts = len(history), sum(int(row["attempt"]) for row in history)
+        if machine.state is not RoundState.IDLE and machine.key.at.round > committed:
+            attempts += machine.key.at.attempt  # void, or under way
         found = released(self._study, committed=committed, attempts=attempts, rehearsal=self._rehearsal)
         self._say(found)
         return found
