@@ -1,8 +1,9 @@
-"""`fedlearn privacy plan`: what privacy would cost."""
+"""`fedlearn privacy plan`: what a study's privacy costs, as it will be enforced, and what it would cost otherwise."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import json as text_of
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -12,14 +13,23 @@ import typer
 
 from fedlearn.cli.options import AppFolder, Debug, Json, Overrides, Rounds
 from fedlearn.cli.output import print_json, print_table
-from fedlearn.errors import StateError, StudyError, UnsupportedError
+from fedlearn.errors import StateError
 
 if TYPE_CHECKING:
-    from fedlearn.privacy.accounting import Accounted
-    from fedlearn.privacy.plan import PrivacyPlan, Sampling
+    from collections.abc import Mapping
+
+    from fedlearn.privacy.plan import PrivacyPlan
     from fedlearn.study import Study
 
-NOTICE: Final = "A plan on paper: a study of this version cannot ask for privacy, and a run of it is not private."
+ENFORCED: Final = (
+    "This is what the study asks for. A site reserves the cost from its own budget before it trains, round by round for records and groups and the "
+    "whole run for clients, and takes no part where that does not fit. A simulation of the study is seeded, hence not private."
+)
+ON_PAPER: Final = (
+    "A plan on paper: the study itself does not ask for this. Write it into its [privacy] to have it enforced."
+)
+DELTA: Final = 1e-5
+"""Where neither the study nor an option names one."""
 
 
 class UnitName(StrEnum):
@@ -32,11 +42,11 @@ class UnitName(StrEnum):
 
 def plan(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or one of fedlearn's own.")],
-    unit: Annotated[UnitName, typer.Option("--unit", help="Whose presence is hidden.")] = UnitName.RECORD,
+    unit: Annotated[UnitName | None, typer.Option("--unit", help="Whose presence is hidden.")] = None,
     units: Annotated[
         int | None, typer.Option("--units", metavar="N", min=1, help="How many units there are at the least; public.")
     ] = None,
-    delta: Annotated[float, typer.Option("--delta", metavar="D", help="Below 1 / N.")] = 1e-5,
+    delta: Annotated[float | None, typer.Option("--delta", metavar="D", help="Below 1 / N.")] = None,
     epsilon: Annotated[
         float | None, typer.Option("--epsilon", metavar="E", help="Find the least noise for it.")
     ] = None,
@@ -45,10 +55,13 @@ def plan(
         float | None,
         typer.Option("--rate", metavar="Q", help="Poisson sampling: every unit's probability at each step."),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", metavar="S", min=1, help="Noisy steps of each round.")] = 1,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="S", min=1, help="Noisy steps of each round.")] = None,
     clip: Annotated[
-        float, typer.Option("--clip", metavar="C", help="L2 norm that a contribution is clipped to.")
-    ] = 1.0,
+        float | None, typer.Option("--clip", metavar="C", help="L2 norm that a contribution is clipped to.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option("--group", metavar="COLUMN", help="Of groups: what names each row's person.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw epsilon over the rounds; PNG.")
     ] = None,
@@ -59,34 +72,43 @@ def plan(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Work out what a study's privacy would cost: epsilon after each round, and what if.
+    """Work out what a study's privacy costs: epsilon after each round, evaluations included, and what if.
 
-    The study says how many rounds there are, and at client level who takes part. Nothing is trained, and nothing is enforced.
+    The plan is the one in the study's [privacy]. The options say what it would be with other numbers, and serve where the study has no
+    such table. Nothing is trained.
     """
     del debug
     from fedlearn.app import load_app
-    from fedlearn.privacy.accounting import account, calibrated
-    from fedlearn.privacy.plan import FixedClip, PrivacyPlan, Unit, claims
-    from fedlearn.privacy.what_if import alternatives, curve, draw, rounds_shown
+    from fedlearn.learning.combine import check_combination
+    from fedlearn.privacy.accounting import account
+    from fedlearn.privacy.plan import claims
+    from fedlearn.privacy.statement import lines, statement
+    from fedlearn.privacy.study import plan_of
+    from fedlearn.privacy.what_if import alternatives, curve, draw, rounds_shown, shares
     from fedlearn.study import load_study
+    from fedlearn.tasks import task_of
 
-    if (epsilon is None) == (noise is None):
-        raise click.UsageError("one of --epsilon and --noise is needed", click.get_current_context())
     loaded = load_app(app)
     asked = load_study(loaded.study(study), tuple(overrides or ()))
     asked = asked if rounds is None else asked.with_overrides([f"rounds={rounds}"])
-    level = Unit(unit.value)
-    count = units if units is not None else asked.data.clients if level is Unit.CLIENT else None
-    if count is None:
-        raise StudyError(f"--units: missing; the study does not say how many {level.value}s there are")
-    sampling = _sampling(asked, level, rate, count)
-    made = PrivacyPlan(level, sampling, FixedClip(clip), noise or 1.0, delta, count, asked.rounds, steps)
-    try:
-        made.check_strategy(loaded.strategy(asked.strategy.name, asked.strategy.options))
-    except UnsupportedError as error:
-        raise StudyError(error.message, hint=error.hint) from None
-    made = made if epsilon is None else calibrated(made, epsilon)
-    answer = account(made.cost(), made.delta, prv=prv)
+    options = {
+        "unit": None if unit is None else unit.value,
+        "units": units,
+        "delta": delta,
+        "epsilon": epsilon,
+        "noise_multiplier": noise,
+        "sampling_rate": rate,
+        "steps": steps,
+        "clip_l2": clip,
+        "group": group,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    asked = _with_options(asked, given) if given or asked.privacy is None else asked
+    check_combination(asked, loaded.strategy(asked.strategy.name, asked.strategy.options))
+    task_of(asked)  # refused where it cannot protect such units
+    made = plan_of(asked)
+    assert made is not None
+    assert asked.privacy is not None
     if plot is not None:
         try:
             draw(made, plot)
@@ -94,14 +116,18 @@ def plan(
             raise StateError(
                 f"{plot}: cannot be written: {error}", hint="name a .png file in a folder that exists"
             ) from None
-    promised = claims(made, answer.reported.epsilon, answer.reported.accountant, seeded=False)
-    points, others = curve(made, rounds_shown(made.rounds)), alternatives(made)
+    seeded = asked.privacy.seeded
+    answer, said = account(made.whole_cost(), made.delta, prv=prv), statement(made, seeded=seeded)
+    notice = ON_PAPER if given else ENFORCED
+    points, others, parts = curve(made, rounds_shown(made.rounds)), alternatives(made), shares(made)
     if json:
+        promised = claims(made, answer.reported.epsilon, answer.reported.accountant, seeded=seeded)
         print_json(
             {
-                "enforced": False,
-                "notice": NOTICE,
+                "enforced": not given,
+                "notice": notice,
                 "plan": _plain(made),
+                "statement": said,
                 "accountants": [_bound(b) for b in (answer.reported, *answer.shown)],
                 "claims": [
                     {
@@ -115,50 +141,56 @@ def plan(
                     }
                     for c in promised
                 ],
+                "alone": parts,
                 "curve": [{"round": n, "epsilon": e, "renyi": r} for n, e, r in points],
                 "what_if": [asdict(one) for one in others],
                 "plot": plot,
             }
         )
         return
-    _print_plan(made, answer)
-    print_table([(c.adversary.value, _number(c.epsilon), c.caveat) for c in promised], ("against", "epsilon", "but"))
+    for line in lines(said):
+        print(line)
+    if prv:
+        print("  " + "; ".join(f"{b.epsilon:.4f} by {b.accountant}" for b in answer.shown))
     print()
     print_table(points, ("after round", "epsilon", "Rényi bound"))
     print()
+    if len(parts) > 1:
+        print_table(list(parts.items()), ("what, alone", "epsilon"))
+        print()
     print_table(
         [(o.what, o.rounds, o.noise_multiplier, o.sampling, o.epsilon) for o in others],
         ("what if", "rounds", "noise", "drawn", "epsilon"),
     )
-    print(f"\n{NOTICE}")
+    print(f"\n{notice}")
 
 
-def _print_plan(made: PrivacyPlan, answer: Accounted) -> None:
-    from fedlearn.privacy.what_if import in_words
+def _with_options(asked: Study, given: Mapping[str, Any]) -> Study:
+    """The study as if its [privacy] said so: the options over its own table, or over none where they name another unit.
 
-    best = answer.reported
-    print(f"unit {made.unit.value}, {made.units} of them at the least; neighbours: {made.relation.value}")
-    print(
-        f"{made.rounds} rounds of {made.steps} releases; drawn: {in_words(made)}; noise multiplier {made.noise_multiplier:.4f}"
-    )
-    others = ", ".join(f"{b.epsilon:.4f} by {b.accountant}" for b in answer.shown)
-    print(f"epsilon {best.epsilon:.4f} at delta {made.delta:g} by {best.accountant} ({others})\n")
+    Raises:
+        UsageError: neither the table nor an option says how much may be spent, or two options do.
+        StudyError: the numbers do not fit each other.
+    """
+    from fedlearn.study import study_from_json
 
-
-def _sampling(study: Study, unit: Any, rate: float | None, units: int) -> Sampling:
-    from fedlearn.privacy.plan import Everyone, FixedCohort, PoissonSampling, Unit
-
-    if rate is not None:
-        return PoissonSampling(rate)
-    if unit is not Unit.CLIENT:
-        raise StudyError(
-            "--rate: missing; batches of records are drawn by Poisson sampling", hint="for example --rate 0.01"
-        )
-    return Everyone() if study.cohort.size is None else FixedCohort(study.cohort.size, units)
+    own = {} if asked.privacy is None else asked.privacy.model_dump(mode="json", exclude_defaults=True)
+    same_unit = given.get("unit", own.get("unit")) == own.get("unit")
+    table: dict[str, Any] = {"unit": "record", "delta": DELTA} | (own if same_unit else {})
+    amounts = {"epsilon", "noise_multiplier"}
+    if len(amounts & set(given)) == 2 or not amounts & {*table, *given}:
+        raise click.UsageError("one of --epsilon and --noise is needed", click.get_current_context())
+    if amounts & set(given):
+        table = {key: value for key, value in table.items() if key not in amounts}
+    table |= given
+    tree = asked.model_dump(mode="json")
+    if table["unit"] == "client" and (rate := table.pop("sampling_rate", None)) is not None:
+        tree["cohort"] |= {"rate": rate, "size": None}
+    return study_from_json(text_of.dumps(tree | {"privacy": table}))
 
 
 def _plain(made: PrivacyPlan) -> dict[str, Any]:
-    tree = asdict(replace(made))
+    tree = asdict(made)
     return {**tree, "unit": made.unit.value, "weighting": made.weighting.value, "neighbours": made.relation.value}
 
 

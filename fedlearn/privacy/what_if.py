@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from fedlearn.errors import StudyError
 from fedlearn.privacy.accounting import LARGEST_EPSILON, PLD_GRID, has_pld, pld_epsilon, rdp_epsilon
+from fedlearn.privacy.events import Cost, Gaussian, Repeated
 from fedlearn.privacy.plan import FixedCohort, PoissonSampling, PrivacyPlan, Spaced
 
 if TYPE_CHECKING:
@@ -51,6 +52,18 @@ def alternatives(plan: PrivacyPlan) -> list[Alternative]:
     return found
 
 
+def shares(plan: PrivacyPlan) -> dict[str, float]:
+    """What training and evaluations would cost without the other; they do not add up to the epsilon of both."""
+    if plan.evaluation is None:
+        return {"training": _epsilon(plan, plan.rounds)}
+    times = plan.evaluations()
+    alone = Cost(Repeated(Gaussian(plan.evaluation.noise_multiplier), times), plan.relation)
+    return {
+        "training": _epsilon(replace(plan, evaluation=None), plan.rounds),
+        f"{times} evaluations": _of(alone, plan.delta),
+    }
+
+
 def draw(plan: PrivacyPlan, path: Path) -> None:
     """Epsilon over the rounds, as a picture.
 
@@ -73,9 +86,12 @@ def draw(plan: PrivacyPlan, path: Path) -> None:
 
 
 def _epsilon(plan: PrivacyPlan, rounds: int) -> float:
-    cost = plan.whole_cost(rounds)
-    bound = rdp_epsilon(cost, plan.delta)
-    return pld_epsilon(cost, plan.delta, grid=10 * PLD_GRID) if has_pld(cost) and bound <= LARGEST_EPSILON else bound
+    return _of(plan.whole_cost(rounds), plan.delta)
+
+
+def _of(cost: Cost, delta: float) -> float:
+    bound = rdp_epsilon(cost, delta)
+    return pld_epsilon(cost, delta, grid=10 * PLD_GRID) if has_pld(cost) and bound <= LARGEST_EPSILON else bound
 
 
 def _changed(plan: PrivacyPlan, what: str, factor: float) -> PrivacyPlan:

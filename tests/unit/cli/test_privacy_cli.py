@@ -90,7 +90,7 @@ def test_central_noise_says_infinite_against_the_server(capsys):
         (["--units", "200", "--epsilon", "-1", "--rate", "0.1"], 3, "epsilon"),
         (["--units", "200", "--epsilon", "3", "--rate", "0.1", "--delta", "1"], 3, "delta"),
         (["--units", "200", "--epsilon", "3", "--rate", "0.1", "--delta", "0.01"], 3, "less than 1/200"),
-        (["--units", "200", "--epsilon", "3", "--rate", "1.1"], 3, "sampling rate"),
+        (["--units", "200", "--epsilon", "3", "--rate", "1.1"], 3, "sampling_rate"),
         (
             ["--units", "200", "--noise", "1", "--rate", "0.1", "--unit", "client", "--set", "strategy.name=median"],
             14,
