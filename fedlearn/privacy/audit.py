@@ -200,7 +200,7 @@ def power(
     canaries: int,
     confidence: float = CONFIDENCE,
     factors: tuple[float, ...] = (1.0, 0.5, 0.3, 0.1, 0.0),
-    repetitions: int = 50,
+    repetitions: int = 20,
 ) -> tuple[Power, ...]:
     """What an audit of a plan can see, from the plan alone: canaries' scores are drawn as an honest white-box release has them.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from fedlearn import events
@@ -42,7 +43,6 @@ class AuditReport:
         claim: its epsilon, and which accountant says so.
         audited: the run with canaries.
         finding: the bound from its guesses.
-        power: what this audit would have seen in other builds.
         membership: the test on final models; None where there was none.
         no_membership: why not; empty where there was one.
         seconds: wall time.
@@ -52,11 +52,10 @@ class AuditReport:
     claim: Bound
     audited: Audited
     finding: Finding
-    power: tuple[Power, ...]
     membership: Membership | None
     no_membership: str
     seconds: float
-    study: str = field(default="")
+    study: str = ""
 
     @property
     def refuted(self) -> bool:
@@ -68,6 +67,11 @@ class AuditReport:
     def short_of_noise(self) -> tuple[MeasuredNoise, ...]:
         """Arrays with less noise than the plan has."""
         return tuple(one for one in self.audited.evidence.noise() if one.too_little)
+
+    @cached_property
+    def power(self) -> tuple[Power, ...]:
+        """What this audit would have seen in other builds."""
+        return power(self.plan, self.claim.epsilon, self.finding.canaries, self.finding.confidence)
 
     @property
     def scores(self) -> Scores:
@@ -145,9 +149,8 @@ def audit(
     if shadows:
         found = train_shadows(study, ready.population, ready.strategy, plan, shadows, rounds.hear)
         tested = membership(found.scores, found.inside, claim.epsilon, asked.delta, 1 - of_members)
-    seen = power(asked, claim.epsilon, canaries, finding.confidence)
     seconds = time.monotonic() - started
-    return AuditReport(asked, claim, audited, finding, seen, tested, why_not, seconds, study.name)
+    return AuditReport(asked, claim, audited, finding, tested, why_not, seconds, study.name)
 
 
 def _shadows(ready: Ready, plan: PrivacyPlan, asked: int | None) -> tuple[int, str]:

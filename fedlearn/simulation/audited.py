@@ -5,14 +5,13 @@ Whom a guarantee protects does not depend on who else takes part, so a few real 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fedlearn import events
 from fedlearn.errors import RunFailedError
-from fedlearn.learning.backend import Failed, Fitted
 from fedlearn.learning.federation import Federation
 from fedlearn.learning.local import initial_weights
 from fedlearn.learning.rows import in_order
@@ -70,6 +69,17 @@ def federate(
     return outcome.state.model
 
 
+def nobody_dropped(emit: events.Emit) -> events.Emit:
+    """Events on their way to `emit`; a client whose update did not enter the sum ends the run, for what it gave is not in the evidence."""
+
+    def heard(event: events.Event) -> None:
+        if isinstance(event, events.ClientDropped) and not event.virtual:
+            raise RunFailedError(f"audit: client {event.client!r} dropped out: {event.reason}")
+        emit(event)
+
+    return heard
+
+
 def bare(study: Study, plan: PrivacyPlan, cohort: CohortTable | None = None) -> Study:
     """A study with the noise of its plan and nothing that only costs time: no evaluations; no masks, under which the sum is the same.
 
@@ -120,12 +130,6 @@ class _Site(SequentialBackend):
     def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:  # noqa: ARG002  # all are here
         return self._clients
 
-    def fit(self, work: Work) -> Iterator[Fitted | Failed]:
-        for reply in super().fit(work):
-            if isinstance(reply, Failed):
-                raise RunFailedError(f"audit: client {reply.client!r}: {reply.reason}")
-            yield reply
-
     def private(self, work: Work, client: str, train: Batch) -> SitePlan | None:
         plan = super().private(work, client, train)
         if plan is None or client != self._client:
@@ -162,7 +166,8 @@ def audit_site(
     study = bare(study, plan)
     initial = initial_weights(population.task, study)
     evidence = Evidence(Canaries(count, sizes_of(initial), study.seed), plan)
-    federate(study, population, strategy, _Site(study, population, strategy, clients, among, evidence), initial, emit)
+    site = _Site(study, population, strategy, clients, among, evidence)
+    federate(study, population, strategy, site, initial, nobody_dropped(emit))
     return Audited(evidence, clients, among)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from fedlearn import events
-from fedlearn.errors import RunFailedError, StudyError
+from fedlearn.errors import StudyError
 from fedlearn.learning.backend import Failed, Fitted
 from fedlearn.learning.local import initial_weights
 from fedlearn.learning.postprocess import apply_on_client, chain_of
@@ -24,7 +24,7 @@ from fedlearn.learning.update import DELTA, UNCLIPPED, Aggregate, Update
 from fedlearn.privacy.canaries import WIDENED, Canaries, Evidence
 from fedlearn.privacy.plan import FixedCohort, PrivacyPlan
 from fedlearn.privacy.study import clip_in, plan_of
-from fedlearn.simulation.audited import Audited, bare, company_of, federate, sizes_of
+from fedlearn.simulation.audited import Audited, bare, company_of, federate, nobody_dropped, sizes_of
 from fedlearn.simulation.sequential import SequentialBackend
 from fedlearn.study import Study
 
@@ -78,9 +78,7 @@ class _Crowd:
         mine = tuple(client for client in work.cohort if client in self._clients)
         narrow = {name: array for name, array in work.model.items() if name != WIDENED}
         for reply in self._real.fit(replace(work, cohort=mine, model=narrow)):
-            if isinstance(reply, Failed):
-                raise RunFailedError(f"audit: client {reply.client!r}: {reply.reason}")
-            yield self._sent(reply.client, reply.update, work.model)
+            yield reply if isinstance(reply, Failed) else self._sent(reply.client, reply.update, work.model)
         self._real_part = self._evidence.canaries.read(list(self._exact.values()))
         chain = chain_of(self._study, work.shared)
         for client in work.cohort:
@@ -144,7 +142,7 @@ def audit_crowd(
     width = evidence.canaries.widened
     wide = {**initial, WIDENED: np.zeros(width, dtype=next(iter(initial.values())).dtype)}
     crowd = _Crowd(study, SequentialBackend(study, population, strategy), strategy, clients, evidence, everybody)
-    federate(study, population, _tapped(strategy, crowd.hear), crowd, wide, emit)
+    federate(study, population, _tapped(strategy, crowd.hear), crowd, wide, nobody_dropped(emit))
     return Audited(evidence, clients)
 
 
