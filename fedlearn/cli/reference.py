@@ -166,7 +166,7 @@ def _docstrings(table: type[BaseModel]) -> dict[str, str]:
     for one, below in zip(body.body, body.body[1:], strict=False):
         if isinstance(one, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             assert isinstance(one.target, ast.Name)
-            found[one.target.id] = str(below.value.value)
+            found[one.target.id] = " ".join(str(below.value.value).split())  # a row of a table is one line
     return found
 
 

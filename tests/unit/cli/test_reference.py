@@ -22,9 +22,12 @@ def test_every_key_of_a_study_is_listed_with_a_text():
                 yield f"{prefix}{name}"
 
     environment = {"devices": {"NAME": {}}}
-    study = Study.model_validate({"name": "x", "rounds": 1, "task": {"name": "y"}, "environment": environment})
+    privacy = {"unit": "record", "epsilon": 1.0, "delta": 1e-5}
+    tree = {"name": "x", "rounds": 1, "task": {"name": "y"}, "environment": environment, "privacy": privacy}
+    study = Study.model_validate(tree)
     assert set(leaves(study.model_dump())) == set(listed)
     assert [key for key, text in listed.items() if not text] == []
+    assert not any("\n" in text for text in listed.values()), "a row of a table is one line"
 
 
 def test_every_command_has_examples_that_start_with_its_name():
