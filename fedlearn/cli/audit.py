@@ -16,7 +16,7 @@ import typer
 from fedlearn.cli.options import AppFolder, Data, Debug, Json, Overrides, Rounds
 from fedlearn.cli.output import print_json, print_table
 from fedlearn.cli.progress import duration, plain_progress
-from fedlearn.errors import ClaimRefutedError
+from fedlearn.errors import ClaimRefutedError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +67,8 @@ def audit(
     from fedlearn.simulation.audit import audit as run
     from fedlearn.simulation.prepare import Request
 
+    if plot is not None and not plot.parent.is_dir():  # before the work, not after it
+        raise StateError(f"{plot}: there is no folder {plot.parent}", hint="make it, or name a file elsewhere")
     ready = Request(study, rounds, overrides or (), data, app).ready()
     with _bar(quiet=json) as told:
         report = run(
@@ -78,15 +80,15 @@ def audit(
             confidence=confidence,
             told=told,
         )
-    if plot is not None:
-        from fedlearn.report.audit import draw_audit
-
-        draw_audit(report, plot)
     if json:
         print_json(_document(report, plot))
     else:
         _print(report)
-        if plot is not None:
+    if plot is not None:
+        from fedlearn.report.audit import draw_audit
+
+        draw_audit(report, plot)
+        if not json:
             print(f"picture: {plot}")
     return ClaimRefutedError.exit_code if report.refuted else 0
 
@@ -127,7 +129,6 @@ def _print(report: AuditReport) -> None:
     plan, finding, evidence = report.plan, report.finding, report.audited.evidence
     units = {"record": "records", "group": "groups", "client": "clients"}[plan.unit.value]
     where = f" among the {units} of {report.audited.among}" if report.audited.among else " among the clients"
-    verdict = "REFUTED" if report.refuted else "not refuted"
     print(
         f"claim:  epsilon <= {report.claim.epsilon:.4g} at delta {plan.delta:g}, unit {plan.unit.value}, {plan.relation.value}"
     )
@@ -136,7 +137,7 @@ def _print(report: AuditReport) -> None:
         f"audit:  epsilon >= {finding.epsilon_lower:.4g} at delta {plan.delta:g}, confidence {100 * finding.confidence:.4g} %"
     )
     print(f"        {finding.canaries} canaries{where}, {evidence.releases} releases")
-    print(f"the claim is {verdict} (p = {finding.p_claim:.2g})\n")
+    print(f"the claim is {_verdict(report)}\n")
     print_table([(g.guesses, g.correct, g.epsilon_lower) for g in finding.tried], ("guesses", "right", "epsilon >="))
     print(f"\nnoise, measured / planned: {evidence.noise_factor():.4f}; the arrays that are furthest from 1")
     ordered = sorted(evidence.noise(), key=lambda one: abs(one.factor - 1) / one.chance, reverse=True)
@@ -156,6 +157,15 @@ def _print(report: AuditReport) -> None:
     print()
     _print_membership(report, units)
     print(f"\n{MEANING}")
+
+
+def _verdict(report: AuditReport) -> str:
+    reasons = [f"these guesses have p = {report.finding.p_claim:.2g} under it"] if report.finding.refuted else []
+    if report.membership is not None and report.membership.finding.refuted:
+        reasons.append("final models give their members away")
+    if report.short_of_noise:
+        reasons.append("releases have less noise than it was computed from")
+    return f"REFUTED: {'; '.join(reasons)}" if reasons else f"not refuted (p = {report.finding.p_claim:.2g})"
 
 
 def _print_membership(report: AuditReport, units: str) -> None:
