@@ -92,6 +92,8 @@ class SiteRules(BaseModel):
     """The name of this site's data in its ledger. Whatever runs on the same data must have the same name. None: the task's name."""
     budgets: BudgetTables = BudgetTables()
     """What studies may spend. With any, a study without a plan for this data is refused."""
+    secure_aggregation: bool = False
+    """Refuse studies that do not mask updates, so that no server gets this site's update by itself."""
     seeded: bool | None = None
     """Whether studies are admitted whose randomness all derives from a seed: those without [privacy], and rehearsals of private ones. They
     are reproducible, hence not private. None: only where there is no budget."""
@@ -141,6 +143,11 @@ class SiteRules(BaseModel):
         if study.rounds > self.max_rounds:
             raise PolicyRefusedError(
                 f"policy: max_rounds: the study has {study.rounds}, this site admits {self.max_rounds}"
+            )
+        if self.secure_aggregation and not study.secure_aggregation.enabled:
+            raise PolicyRefusedError(
+                f"policy: secure_aggregation: this site's updates leave under masks only, and {study.name!r} asks for them as they are",
+                hint="add [secure_aggregation] enabled = true to the study",
             )
         if study.privacy is None:
             self._check_plain()

@@ -1,0 +1,174 @@
+"""A client's part over the attempts of a run, as bytes: what is answered again, what is over, and what is refused."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from fedlearn.errors import LocalProtocolError
+from fedlearn.release.keys import AttemptId
+from fedlearn.secagg.breach import Breach, SecureAggregationError
+from fedlearn.secagg.client import Identity
+from fedlearn.secagg.enrolment import (
+    CLAIM_LIMIT_BYTES,
+    Declared,
+    Entry,
+    entries_from_bytes,
+    entries_to_bytes,
+    identities_of,
+)
+from fedlearn.secagg.messages import from_bytes, to_bytes
+from fedlearn.secagg.plan import Plan, Terms
+from fedlearn.secagg.primitives import SeededDraw, new_identity
+from fedlearn.secagg.quantize import Encoding
+from fedlearn.secagg.ring import dtype_of
+from fedlearn.secagg.server import ServerRound, Stage
+from fedlearn.secagg.session import MaskingSession
+
+NAMES = ("ada", "bob", "cyd", "dee")
+PLAN = Plan(Encoding(length=5, clients=4, clip_l2=1.0))
+SUBJECT = b"model and configuration"
+AT, NEXT = AttemptId(2, 1), AttemptId(3, 1)
+
+
+def session_of(name, draw=None, enrolment=None):
+    key = new_identity(PLAN.suite, SeededDraw(name.encode()))
+    made = draw if draw is not None else (lambda _at: os.urandom)
+    return MaskingSession("run", Identity(name, key), key.public, enrolment or Declared(), made)
+
+
+def vector(value=1):
+    return np.full(6, value, dtype=dtype_of(32))
+
+
+class Desk:
+    """Four sessions and a server, up to the deliveries of one attempt."""
+
+    def __init__(self, at=AT, sessions=None):
+        self.sessions = sessions or {name: session_of(name) for name in NAMES}
+        entries = {name: entries_from_bytes(s.check_in(at, PLAN))[0] for name, s in self.sessions.items()}
+        self.server = ServerRound(Terms("run", at, PLAN), identities_of(Declared(), list(entries.values())), SUBJECT)
+        for name, entry in entries.items():
+            self.server.receive(name, entry.check_in)
+        self.server.close()
+        self.roster = entries_to_bytes(entries[name] for name in NAMES)
+        for name, session in self.sessions.items():
+            self.server.receive(name, from_bytes(session.share(at, PLAN, SUBJECT, self.roster)))
+        self.told = {name: to_bytes(message) for name, message in self.server.close().items()}
+
+
+def breach(call, *args):
+    with pytest.raises(SecureAggregationError) as caught:
+        call(*args)
+    return caught.value.breach
+
+
+def test_a_whole_attempt_with_every_message_twice():
+    desk = Desk()
+    for name, session in desk.sessions.items():
+        assert session.check_in(AT, PLAN) == session.check_in(AT, PLAN)
+        assert session.share(AT, PLAN, SUBJECT, desk.roster) == session.share(AT, PLAN, SUBJECT, desk.roster)
+        session.expect(AT, desk.told[name])
+        session.expect(AT, desk.told[name])
+        desk.server.receive(name, from_bytes(session.mask(AT, desk.told[name], vector())))
+    for name, message in desk.server.close().items():
+        session, body = desk.sessions[name], to_bytes(message)
+        opening = session.open(AT, body)
+        assert session.open(AT, body) == opening
+        desk.server.receive(name, from_bytes(opening))
+    desk.server.close()
+    assert desk.server.stage is Stage.OPENED
+    assert desk.server.total.integers.tolist() == [4] * 5
+
+
+def test_a_vector_is_masked_once():
+    desk = Desk()
+    session = desk.sessions["ada"]
+    session.mask(AT, desk.told["ada"], vector())
+    with pytest.raises(LocalProtocolError):
+        session.mask(AT, desk.told["ada"], vector(2))
+
+
+def test_another_process_that_has_the_seed_opens_what_the_first_one_masked():
+    def draw(_at):
+        return SeededDraw(b"the same seed")
+
+    sessions = {name: session_of(name, draw if name == "ada" else None) for name in NAMES}
+    desk = Desk(sessions=sessions)
+    for name, session in sessions.items():
+        desk.server.receive(name, from_bytes(session.mask(AT, desk.told[name], vector())))
+    survivors = {name: to_bytes(message) for name, message in desk.server.close().items()}
+    again = session_of("ada", draw)
+    again.share(AT, PLAN, SUBJECT, desk.roster)
+    again.skip_masking(AT, desk.told["ada"])
+    assert again.open(AT, survivors["ada"]) == sessions["ada"].open(AT, survivors["ada"])
+
+
+def test_a_later_attempt_ends_the_earlier_ones():
+    desk = Desk()
+    session = desk.sessions["ada"]
+    session.check_in(NEXT, PLAN)
+    Desk(NEXT, desk.sessions)
+    assert breach(session.mask, AT, desk.told["ada"], vector()) is Breach.UNEXPECTED
+    assert breach(session.check_in, AT, PLAN) is Breach.REPLAY
+    assert breach(session.share, AT, PLAN, SUBJECT, desk.roster) is Breach.REPLAY
+    assert "2 open" not in repr(session)
+
+
+def test_who_was_restarted_holds_no_keys():
+    desk = Desk()
+    again = session_of("ada")
+    assert breach(again.mask, AT, desk.told["ada"], vector()) is Breach.UNEXPECTED
+    assert breach(again.open, AT, b"") is Breach.UNEXPECTED
+    assert breach(again.share, AT, PLAN, SUBJECT, desk.roster) is Breach.SELF_CHANGED
+
+
+def test_another_roster_or_plan_is_refused():
+    desk = Desk()
+    other = entries_to_bytes(entry for entry in entries_from_bytes(desk.roster) if entry.check_in.client != "dee")
+    assert breach(desk.sessions["ada"].share, AT, PLAN, SUBJECT, other) is Breach.EQUIVOCATION
+    larger = Plan(Encoding(length=6, clients=4, clip_l2=1.0))
+    fresh = session_of("bob")
+    fresh.check_in(AT, PLAN)
+    assert breach(fresh.check_in, AT, larger) is Breach.EQUIVOCATION
+
+
+def test_who_is_not_vouched_for_ends_the_roster():
+    class Nobody(Declared):
+        def identity(self, client, claim):
+            if client == "dee":
+                raise SecureAggregationError(Breach.NOT_ENROLLED, "never heard of", culprits=("dee",))
+            return claim
+
+    sessions = {name: session_of(name, enrolment=Nobody()) for name in NAMES}
+    with pytest.raises(SecureAggregationError) as caught:
+        Desk(sessions=sessions)
+    assert caught.value.breach is Breach.NOT_ENROLLED
+
+
+def test_a_client_holds_keys_of_few_attempts():
+    session = session_of("ada")
+    for attempt in range(1, 30):
+        session.check_in(AttemptId(1, attempt), PLAN)
+    assert "4 open" in repr(session)
+    session.close()
+    assert "0 open" in repr(session)
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"\x0a\x05hello"])
+def test_what_is_no_roster_is_refused(data):
+    assert breach(entries_from_bytes, data) is Breach.MALFORMED
+
+
+def test_a_claim_has_a_limit():
+    entry = entries_from_bytes(session_of("ada").check_in(AT, PLAN))[0]
+    large = entries_to_bytes([Entry(entry.check_in, bytes(CLAIM_LIMIT_BYTES + 1))])
+    assert breach(entries_from_bytes, large) is Breach.TOO_LARGE
+
+
+def test_a_clients_message_is_none_of_the_servers():
+    desk = Desk()
+    mine = to_bytes(entries_from_bytes(desk.roster)[0].check_in)
+    assert breach(desk.sessions["ada"].expect, AT, mine) is Breach.UNEXPECTED
