@@ -49,7 +49,8 @@ class Pass:
     """One run of local training: where it starts, and how its gradient is turned.
 
     Args:
-        name: `MAIN` for the pass whose result is released; the name also seeds the order of batches.
+        name: `MAIN` for the pass whose result is released, and which a plan for records or groups makes noisy; the name also seeds the
+            order of batches.
         initial: weights before the first step.
         direction: (gradient, weights) -> what the optimiser steps along. None for the plain gradient.
     """
@@ -134,7 +135,12 @@ class Strategy(ABC):
         linear: True when the aggregate is a weighted sum, so that it composes with secure aggregation and central noise.
         releases: everything that leaves a client, in order. A privacy plan clips them jointly.
         stateful: True when a client keeps memory between rounds (`ClientFinish.state`).
-        raw_gradient_state: True when the client's state is made from raw gradients (refused under record-level privacy).
+        raw_gradient_state: True when something that is released depends on raw gradients by way of the client's state, or of another pass
+            than `MAIN` (refused under a plan for records or groups). Only `MAIN` is trained by DP-SGD then; every other pass takes
+            plain steps on raw rows, and so is raw whatever this says. That is allowed as long as its weights, its number of steps and
+            all state that follows from them stay at the client: where MAIN starts, how its gradients are turned, and what is
+            released must not depend on them, in any round. So for Ditto it is False: its own model is raw, and never leaves. For
+            SCAFFOLD it is False: its state follows from MAIN's noisy steps alone. tests/unit/privacy/test_taint.py holds every strategy to it.
         plain_sgd: True when the client rule is only right for SGD without momentum at a constant learning rate.
     """
 
@@ -157,7 +163,10 @@ class Strategy(ABC):
         return ClientFinish({DELTA: subtract(trained[MAIN].weights, start.model)})
 
     def client_model(self, start: ClientStart) -> Tensors:
-        """The weights that this client would use and evaluate: the global ones, unless the strategy personalises."""
+        """The weights that this client would use and evaluate: the global ones, unless the strategy personalises.
+
+        Under a privacy plan an evaluation is of the global ones in any case: these may be raw.
+        """
         return start.model
 
     # The server rule.
