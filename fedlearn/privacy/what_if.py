@@ -96,7 +96,13 @@ def _of(cost: Cost, delta: float) -> float:
 
 def _changed(plan: PrivacyPlan, what: str, factor: float) -> PrivacyPlan:
     if what == "rounds":
-        return replace(plan, rounds=max(1, round(plan.rounds * factor)))
+        changed = replace(plan, rounds=max(1, round(plan.rounds * factor)))
+        if plan.matrix is None:
+            return changed
+        # The same noise on a round's sum, which more participations of one client make less of.
+        return replace(
+            changed, noise_multiplier=plan.noise_multiplier * plan.ftrl.sensitivity / changed.ftrl.sensitivity
+        )
     if what == "noise":
         return replace(plan, noise_multiplier=plan.noise_multiplier * factor)
     return replace(plan, sampling=_sampled(plan, factor))

@@ -132,7 +132,13 @@ def test_the_whole_run_is_charged_with_its_first_round():
     assert plan.cost().event == Repeated(Gaussian(2.0), 1)
     assert plan.cost(1) == plan.cost(6) == plan.cost()
     assert pld_epsilon(plan.cost(0), 1e-3) == 0.0
-    assert len(alternatives(plan)) == 5, "rounds and noise; there is no draw to change"
+    others = {one.what: one for one in alternatives(plan)}
+    assert others.keys() == {"the plan", "rounds x 0.5", "rounds x 2", "noise x 0.5", "noise x 2"}, (
+        "there is no draw to change"
+    )
+    longer = replace(plan, rounds=12, noise_multiplier=others["rounds x 2"].noise_multiplier)
+    assert longer.ftrl.noise_std == pytest.approx(plan.ftrl.noise_std), "the same noise on a round's sum"
+    assert others["rounds x 0.5"].epsilon < others["the plan"].epsilon < others["rounds x 2"].epsilon
 
 
 def test_epsilon_is_met_by_the_least_noise_and_needs_less_of_it_than_independent_rounds():
