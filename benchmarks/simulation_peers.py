@@ -29,19 +29,15 @@ def ours(
     workload: Workload, rounds: int, watch: Watch, *, backend: str | None = None, strategy: str = "fedavg"
 ) -> dict[str, np.ndarray]:
     import fedlearn
-    from benchmarks.simulation_private import client_level, record_level
     from fedlearn import events
 
     def take(event: events.Event) -> None:
         if isinstance(event, events.RoundFinished):
             watch.lap()
 
-    if workload.record_clip_l2 is not None:
-        return dict(record_level(workload, rounds, take))
-    if workload.clip_l2 is not None and not QUIET:
-        return dict(client_level(workload, rounds, take))
     chosen = {} if backend is None else {"backend": backend}
-    return dict(fedlearn.simulate(workload.study(rounds, strategy={"name": strategy}), emit=take, **chosen).weights)
+    study = workload.study(rounds, quiet=QUIET, strategy={"name": strategy})
+    return dict(fedlearn.simulate(study, emit=take, **chosen).weights)
 
 
 def loop(workload: Workload, rounds: int, watch: Watch) -> dict[str, np.ndarray]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 SEED = 7
+DELTA_SHARE = 0.1
+"""The delta of a plan times its units; without meaning here, but a plan names one."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,34 @@ class Workload:
         """Floating-point operations of one round's training: forward, weights' gradients, inputs' gradients but the first layer's."""
         return 2 * self.cohort * self.examples * (3 * sum(self.macs) - self.macs[0])
 
-    def study(self, rounds: int, **tables: Any) -> Study:
-        """The study that fedlearn runs."""
-        update = {} if self.clip_l2 is None else {"clip_l2": self.clip_l2}
+    @property
+    def privacy(self) -> dict[str, Any] | None:
+        """The table [privacy] of W3 and W3b: noise is stated, not a budget. As many steps as without it, batches of that size on average."""
+        noise = {"noise_multiplier": self.noise_multiplier}
+        if self.clip_l2 is not None:
+            units = self.population
+            return noise | {"unit": "client", "clip_l2": self.clip_l2, "units": units, "delta": DELTA_SHARE / units}
+        if self.record_clip_l2 is not None:
+            units = self.examples
+            steps = {"sampling_rate": self.batch / units, "steps": units // self.batch}
+            table = {"unit": "record", "clip_l2": self.record_clip_l2, "units": units, "delta": DELTA_SHARE / units}
+            return noise | table | steps
+        return None
+
+    def study(self, rounds: int, *, quiet: bool = False, **tables: Any) -> Study:
+        """The study that fedlearn runs; `quiet` clips and adds no noise."""
+        clipped = {"clip_l2": self.clip_l2} if quiet and self.clip_l2 is not None else {}
+        train = {"lr": self.lr} if self.record_clip_l2 is not None else {"lr": self.lr, "batch_size": self.batch}
         tree: dict[str, Any] = {
             "name": self.name,
             "seed": SEED,
             "rounds": rounds,
             "task": {"name": f"benchmarks.workloads:{self.task}", "options": {"clients": self.population}},
             "data": {"folds": 1},
-            "train": {"lr": self.lr, "batch_size": self.batch},
+            "train": train,
             "cohort": {"size": self.cohort},
-            "update": update,
+            "update": clipped,
+            "privacy": None if quiet else self.privacy,
             "evaluate": {"every": 0},
         }
         return Study.model_validate(tree | tables)
