@@ -198,9 +198,9 @@ add(
     "audit",
     audit.audit,
     "Put a study's privacy claim to the test.",
-    "fedlearn audit study.toml --plot audit.png",
-    "fedlearn audit study.toml --client cleveland --shadows 0 --json",
-    "fedlearn audit simulations/heart.toml --set privacy.unit=record --set privacy.epsilon=1 --set privacy.delta=1e-4",
+    "fedlearn audit simulations/privacy/heart.toml --plot audit.png",
+    "fedlearn audit simulations/privacy/heart.toml --set privacy.epsilon=1 --client hungary --shadows 0 --json",
+    "fedlearn audit simulations/privacy/keyboard.toml --delta 1e-6 --canaries 2000",
 )
 add(
     app,
