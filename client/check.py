@@ -99,7 +99,11 @@ def _budget(options: AgentOptions) -> str:
 def _study(options: AgentOptions) -> str:
     """What the gate would say of the study's first update, and for how many rounds."""
     from client.guard import guard_of
+    from fedlearn.data.population import site_population
+    from fedlearn.privacy.site import site_plan
+    from fedlearn.privacy.study import protects_rows
     from fedlearn.study import load_study
+    from fedlearn.tasks import task_of
 
     assert options.study is not None
     app = load_app(options.app_dir)
@@ -110,10 +114,16 @@ def _study(options: AgentOptions) -> str:
     account = rules.account(study.privacy)
     guard = guard_of(study.to_json(), account)
     assert guard is not None
+    if protects_rows(study):
+        name = client_bundle(options).identity.name
+        mine = site_population(study, task_of(study), name, options.data).client(name).train
+        site_plan(
+            study, 1, name, mine, rehearsal=False
+        )  # refused where a row is nobody's, or delta too large for so many
     spent, charger = _charges(options, rules)(account), EpsilonCharger(rules.accounts())
 
     def weighed(rounds: int) -> Weighing:
-        return charger.weigh(spent, Charge(account, guard.plan.cost(rounds).to_text()))
+        return charger.weigh(spent, Charge(account, guard.plan.whole_cost(rounds).to_text()))
 
     least, most = (study.rounds if guard.admission is not None else 1), study.rounds
     first = weighed(least)

@@ -12,8 +12,11 @@ from client.agent import client_bundle
 from client.options import AgentOptions, Finding
 from client.policy import load_rules
 from fedlearn.link import Role, create_authority, issue
+from fedlearn.privacy.budget import spent_epsilon
 from fedlearn.privacy.events import Cost, Gaussian
+from fedlearn.privacy.study import plan_of
 from fedlearn.release import TRAIN, Charge, ReleaseKey
+from fedlearn.study import load_study
 from tests.support.processes import free_ports
 
 POLICY = "[budgets.record]\nepsilon = 1.5\ndelta = 1e-5\n"
@@ -99,6 +102,19 @@ def test_a_delta_that_the_data_forbids(options):
     assert options.policy is not None
     options.policy.write_text(POLICY.replace("1e-5", "0.004"))
     assert "303 records: expected less than 1/303" in found(options, "data").detail
+
+
+def test_evaluations_count_and_the_sites_own_rows_are_read_as_the_plan_asks(options):
+    write(options, RECORD + "evaluation_noise = 8.0\n")
+    assert options.study is not None
+    plan = plan_of(load_study(options.study))
+    budget = load_rules(options.policy).with_defaults("hospital/heart", "a").accounts()[ACCOUNT]
+    assert plan.whole_cost() != plan.cost()
+    assert f"to {spent_epsilon([plan.whole_cost()], budget):.4f} of 1.5" in found(options, "study").detail
+    options.study.write_text(options.study.read_text() + "units = 2\n")
+    assert found(options, "study").ok
+    write(options, RECORD.replace("1e-5", "6e-3"))  # met by publishing one training row of 240 at random
+    assert "records need less than 1 over their number" in found(options, "study").detail
 
 
 def test_a_damaged_ledger_is_said(options):
