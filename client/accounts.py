@@ -12,8 +12,10 @@ import re
 from typing import TYPE_CHECKING, Self
 
 from fedlearn.errors import StateError
+from fedlearn.link.closing import read_closing
 from fedlearn.privacy.chain import SignedHead
 from fedlearn.privacy.ledger_file import LEDGERS, LedgerFolder
+from fedlearn.release.keys import admission_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from fedlearn.privacy.budget import Budget
     from fedlearn.privacy.chain import SiteKey
     from fedlearn.privacy.ledger import Ledger
+    from fedlearn.release.charge import Charge
 
 log = logging.getLogger("fedlearn.client")
 
@@ -50,12 +53,22 @@ class Accounts:
         dataset: the data's name in the site's policy.
         key: see `signing_key`.
         budgets: of the policy, by account; noted in the ledger where they changed.
+        authority_pem: who certifies coordinators, for their word that a run is over.
 
     Raises:
         StateError: see `LedgerFolder`.
     """
 
-    def __init__(self, folder: Path, site: str, dataset: str, key: SiteKey, budgets: Mapping[str, Budget]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        site: str,
+        dataset: str,
+        key: SiteKey,
+        budgets: Mapping[str, Budget],
+        authority_pem: bytes = b"",
+    ) -> None:
+        self._authority_pem = authority_pem
         self._folder = LedgerFolder(folder, site, dataset, key)
         self._behind: StateError | None = None
         try:
@@ -101,6 +114,24 @@ class Accounts:
                 self._behind = error
         if self._behind is not None:
             raise self._behind
+
+    def close_run(self, run: str, admission: Charge, word: bytes, *, released: int) -> None:
+        """Give back what a run that was charged whole did not use; nothing where it was not charged here.
+
+        Args:
+            run: the run's name.
+            admission: what was charged for all of it.
+            word: the coordinator's; see `fedlearn.link.closing`.
+            released: attempts in which an update left this site.
+
+        Raises:
+            RemoteProtocolError: it is not the word of a coordinator of this site's authority.
+            StateError: its count cannot be true, or the signature is wrong. Nothing is given back.
+        """
+        key = admission_key(run, admission)
+        closed, coordinator = read_closing(word, run, self._authority_pem)
+        if self.ledger.has(key):
+            self.ledger.close(key, closed, coordinator, released=released)
 
     def close(self) -> None:
         """Let go of the ledger."""

@@ -79,7 +79,8 @@ def _accounts(
         return contextlib.nullcontext()
     assert rules.dataset is not None
     folder = ledger_folder(options.state_dir, rules.dataset)
-    return Accounts(folder, bundle.identity.name, rules.dataset, signing_key(bundle), rules.accounts())
+    name, key = bundle.identity.name, signing_key(bundle)
+    return Accounts(folder, name, rules.dataset, key, rules.accounts(), bundle.ca_pem)
 
 
 def client_bundle(options: AgentOptions) -> TlsBundle:

@@ -124,6 +124,9 @@ class Site:
         if guard is not None:
             if request.exchange is Exchange.EVALUATE:
                 return Message(records.unpack(await self._scored(message, request, guard)), reply_to=message)
+            if request.exchange is Exchange.CLOSE:
+                await self._at_gate(self._closed, request, guard)
+                return Message(messages.encode_description(str(self._node_config["client-id"]), {}), reply_to=message)
             return Message(await self._described(message, request, guard), reply_to=message)
         state = None
         if request.exchange is Exchange.EVALUATE:
@@ -159,6 +162,14 @@ class Site:
             raise _refusal(refused)
         reply, _ = await self._compute(message, request.run, None, guard)
         return guard.description(reply.content, str(self._node_config["client-id"]))
+
+    def _closed(self, request: Request, guard: Guard) -> None:
+        """Take back what a run that was charged whole did not use. From here on nothing of it leaves."""
+        assert self._accounts is not None
+        if guard.admission is None:
+            raise PolicyRefusedError("plan: only a run that is charged whole can be closed")
+        released = len({r.key.at for r in self._gate.releases(request.run) if r.key.exchange == TRAIN})
+        self._accounts.close_run(request.run, guard.admission, request.body, released=released)
 
     async def _scored(self, message: Message, request: Request, guard: Guard) -> bytes:
         """An evaluation under a plan: a release like an update, with a charge of its own. The worker is given no memory for it."""

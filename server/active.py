@@ -13,6 +13,7 @@ from fedlearn import events
 from fedlearn.errors import FedlearnError, StateError
 from fedlearn.learning.runtime import RunRuntime
 from fedlearn.link import flower
+from fedlearn.link.closing import closing
 from fedlearn.link.grid import GridCancelledError
 from server.heads import StoredHeads
 from server.records import RunRow, RunStatus
@@ -20,6 +21,7 @@ from server.run_state import RunJournal, RunModel
 
 if TYPE_CHECKING:
     from fedlearn.events import Event
+    from fedlearn.link import TlsBundle
     from fedlearn.link.grid import LinkGrid
     from server.event_log import EventLog
     from server.store import Store
@@ -41,7 +43,7 @@ class ActiveRun:
         store: where its journal and model are.
         event_log: where its events go.
         client_name: node id to the name in that client's certificate.
-        authority_pem: the certificate of who certifies clients.
+        tls: this end's; says who certifies clients, and signs the run's end.
         on_end: called in the thread when it is over.
     """
 
@@ -54,7 +56,7 @@ class ActiveRun:
         store: Store,
         event_log: EventLog,
         client_name: Callable[[int], str],
-        authority_pem: bytes,
+        tls: TlsBundle,
         on_end: Callable[[str], None],
     ) -> None:
         self._row, self._server_app, self._grid = row, server_app, grid
@@ -78,7 +80,8 @@ class ActiveRun:
             lambda: self._stop,
             client_name,
             StoredHeads(store),
-            authority_pem,
+            tls.ca_pem,
+            lambda rounds: closing(tls, row.run, rounds),
         )
         # A Flower grid has no such attribute: apps that know of it look for it, others never see it.
         grid.runtime = runtime  # type: ignore[attr-defined]

@@ -13,8 +13,9 @@ from fedlearn import events
 from fedlearn.app import app_of
 from fedlearn.arrays import to_bytes
 from fedlearn.clock import SystemClock
-from fedlearn.errors import StudyError
+from fedlearn.errors import RunFailedError, StudyError
 from fedlearn.learning.messages import RequestEncoder
+from fedlearn.privacy.study import plan_of
 from fedlearn.release.journal import DictJournal
 from fedlearn.report.folder import RunFolder
 from fedlearn.report.history import History
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from fedlearn.arrays import Arrays
-    from fedlearn.learning.federation import Outcome
+    from fedlearn.learning.federation import Federation, Outcome
     from fedlearn.learning.masked import SecureRounds
     from fedlearn.learning.runtime import RunRuntime
     from fedlearn.learning.strategy import Strategy
@@ -85,11 +86,25 @@ def main(grid: Grid, context: Context) -> None:
     )
     clock = SystemClock()
     started_s = clock.monotonic()
-    outcome = federation.run()
+    try:
+        outcome = federation.run()
+    except RunFailedError:
+        _close(study, federation, backend, runtime)
+        raise
+    _close(study, federation, backend, runtime)
     if runtime is not None and not outcome.stopped:
         runtime.checkpoints.finish(to_bytes(outcome.state.model), {"study": study.to_json()})
     elif runtime is None:
         _save_beside(context, study, task, outcome, clock.monotonic() - started_s)
+
+
+def _close(study: Study, federation: Federation, backend: GridBackend, runtime: RunRuntime | None) -> None:
+    """Where sites were charged for a whole run and not all of it took place, give them this end's word for what did."""
+    if runtime is None or runtime.closing is None or study.privacy is None or study.privacy.unit != "client":
+        return
+    plan = plan_of(study)
+    if plan is not None and plan.matrix is None and federation.attempts < plan.rounds:
+        backend.tell_end(runtime.closing(federation.attempts))
 
 
 def _secure(

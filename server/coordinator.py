@@ -59,7 +59,7 @@ class Coordinator:
 
     def __init__(self, options: CoordinatorOptions, app: App, tls: TlsBundle, store: Store) -> None:
         self._options, self._app, self._store = options, app, store
-        self._authority_pem = tls.ca_pem
+        self._tls = tls
         self._loop = asyncio.get_running_loop()
         self._active: dict[str, ActiveRun] = {}
         self._stopping = False
@@ -161,7 +161,7 @@ class Coordinator:
             self._store,
             self.event_log,
             self._client_name,
-            self._authority_pem,
+            self._tls,
             self._ended,
         )
         self._active[row.run] = active

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedlearn.server")
 
+CLOSE_S: Final = 15.0
+"""Sites that do not answer by then have not heard that the run is over, and stay charged for all of it."""
 DESCRIBE_S: Final = 120.0
 """A client answers its first message only when its worker has loaded torch and the data."""
 REASK_S: Final = 30.0
@@ -38,6 +40,7 @@ MESSAGE_TYPES: Final = {
     Exchange.CHECK_IN: f"{MessageType.QUERY}.check_in",
     Exchange.SHARE: f"{MessageType.QUERY}.share",
     Exchange.UNMASK: f"{MessageType.QUERY}.unmask",
+    Exchange.CLOSE: f"{MessageType.QUERY}.close",
 }
 
 
@@ -108,6 +111,16 @@ class GridBackend:
                 yield Failed(client, reply) if isinstance(reply, str) else messages.decode_said(client, reply)
             except FedlearnError as error:
                 yield Failed(client, error.message)
+
+    def tell_end(self, word: bytes) -> None:
+        """Tell every site that is here that the run is over; see `fedlearn.link.closing`."""
+        client_of = {node: client for client, node in self._node_of.items()}
+        kind = MESSAGE_TYPES[Exchange.CLOSE]
+        outgoing = {node: Message(self._encoder.close(word), node, kind, ttl=CLOSE_S) for node in client_of}
+        for node, reply in self._send(outgoing, CLOSE_S):
+            self._remember(client_of[node], reply)
+            if isinstance(reply, str):
+                log.warning("%s stays charged for the whole run: %s", client_of[node], reply)
 
     def close(self) -> None:
         self._node_of.clear()

@@ -26,6 +26,8 @@ class Exchange(StrEnum):
     """Secure aggregation: who takes part; answered with shares of this client's secrets."""
     UNMASK = "unmask"
     """Secure aggregation: whose vectors are in the sum; answered with what opens it."""
+    CLOSE = "close"
+    """The run is over: a site that was charged for all of it takes back what did not take place."""
 
 
 Base = tuple[int, int]

@@ -30,7 +30,7 @@ from fedlearn.learning.recorded import claims_of, row_of
 from fedlearn.learning.strategy import ServerState, Strategy
 from fedlearn.learning.update import DELTA, Aggregate
 from fedlearn.privacy.evaluation import Reader
-from fedlearn.privacy.statement import Statements
+from fedlearn.privacy.statement import Statements, attempts_at
 from fedlearn.privacy.study import with_clip, without_clip
 from fedlearn.release.checksum import checksum_of
 from fedlearn.release.coordinator import RoundMachine
@@ -189,6 +189,11 @@ class Federation:
             evaluated = self._journal.get(self._place("evaluated", number))
             rows.append({"round": number, **row, **({} if evaluated is None else json.loads(evaluated))})
         return tuple(rows)
+
+    @property
+    def attempts(self) -> int:
+        """Attempts at rounds so far: committed, void, or under way."""
+        return attempts_at(self.history(), self._machine)
 
     def _round(self, step: Begin | Resume | RunOver) -> None:
         if isinstance(step, RunOver):

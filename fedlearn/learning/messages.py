@@ -61,7 +61,7 @@ class Request:
         attempt: see `Work`.
         model_digest: see `Work`; "" when the message carries no model.
         base: see `Work`; None when the client never entered a sum.
-        body: what a client is told in secure aggregation.
+        body: what a client is told in secure aggregation, or of the run's end.
         length: coordinates of an update, in secure aggregation; 0 elsewhere.
         model: global weights.
         shared: broadcast beside them.
@@ -90,6 +90,10 @@ class RequestEncoder:
     def describe(self) -> RecordDict:
         """The request that asks a client who it is."""
         return RecordDict({RECORD: ConfigRecord(self._facts(Exchange.DESCRIBE))})
+
+    def close(self, word: bytes) -> RecordDict:
+        """The message that a run is over; see `fedlearn.link.closing`."""
+        return RecordDict({RECORD: ConfigRecord(self._facts(Exchange.CLOSE) | {"body": word})})
 
     def encode(
         self, exchange: Exchange, work: Work, bodies: Mapping[str, bytes] | None = None, length: int = 0
@@ -128,7 +132,7 @@ def decode_request(content: RecordDict) -> Request:
         RemoteProtocolError: a record or a field is missing or of another type.
     """
     request = decode_facts(content)
-    if request.exchange is Exchange.DESCRIBE or request.exchange in KEYED:
+    if request.exchange in {Exchange.DESCRIBE, Exchange.CLOSE, *KEYED}:
         return request
     return replace(request, model=from_record(content, "model"), shared=from_record(content, "shared"))
 
@@ -143,6 +147,8 @@ def decode_facts(content: RecordDict) -> Request:
     run, study, app = _text(facts, "run"), _text(facts, "study"), _text(facts, "app")
     if exchange is Exchange.DESCRIBE:
         return Request(run, exchange, study, app)
+    if exchange is Exchange.CLOSE:
+        return Request(run, exchange, study, app, body=_bytes(facts, "body"))
     base_round = _number(facts, "base_round")
     return Request(
         run,

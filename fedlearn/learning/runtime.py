@@ -46,6 +46,7 @@ class RunRuntime:
         client_name: node id to the name in that client's certificate.
         heads: of the sites' ledgers, over all runs; None where nobody remembers any.
         authority_pem: the certificate of who certifies clients; empty where nobody does.
+        closing: number of attempts to this end's signed word that the run is over after so many; None where nobody signs.
     """
 
     run_id: str
@@ -58,3 +59,4 @@ class RunRuntime:
     client_name: Callable[[int], str]
     heads: HeadMemory | None = None
     authority_pem: bytes = field(default=b"", repr=False)
+    closing: Callable[[int], bytes] | None = None

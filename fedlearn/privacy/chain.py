@@ -19,6 +19,7 @@ from fedlearn.errors import StateError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.x509 import Certificate
 
     SiteKey = Ed25519PrivateKey | EllipticCurvePrivateKey
 
@@ -230,8 +231,8 @@ def verify(public_key: str, message: bytes, signature: bytes) -> bool:
     return True
 
 
-def public_text(key: SiteKey) -> str:
-    """The public half: base64 of SubjectPublicKeyInfo."""
+def public_text(key: SiteKey | Certificate) -> str:
+    """The public half, or the key of a certificate: base64 of SubjectPublicKeyInfo."""
     from cryptography.hazmat.primitives import serialization as ser
 
     return _encode(key.public_key().public_bytes(ser.Encoding.DER, ser.PublicFormat.SubjectPublicKeyInfo))

@@ -159,9 +159,7 @@ class Statements:
             history: one row for each committed round.
             machine: where the run stands.
         """
-        committed, attempts = len(history), sum(int(row["attempt"]) for row in history)
-        if machine.state is not RoundState.IDLE and machine.key.at.round > committed:
-            attempts += machine.key.at.attempt  # void, or under way
+        committed, attempts = len(history), attempts_at(history, machine)
         found = released(self._study, committed=committed, attempts=attempts, rehearsal=self._rehearsal)
         self._say(found)
         return found
@@ -169,6 +167,14 @@ class Statements:
     def _say(self, found: Mapping[str, Any] | None) -> None:
         if found is not None:
             self._emit(events.PrivacyStated(self._run, found))
+
+
+def attempts_at(history: Sequence[Mapping[str, Any]], machine: RoundMachine[Any, Any]) -> int:
+    """Attempts at rounds that took place: committed, void, or under way."""
+    attempts = sum(int(row["attempt"]) for row in history)
+    if machine.state is not RoundState.IDLE and machine.key.at.round > len(history):
+        attempts += machine.key.at.attempt
+    return attempts
 
 
 def headline(value: Mapping[str, Any]) -> str:
@@ -227,7 +233,8 @@ def sampling_in_words(plan: PrivacyPlan) -> str:
         case PoissonSampling(rate) if plan.unit is Unit.CLIENT:
             return f"each client by a coin of its own with probability {rate:g} each round"
         case PoissonSampling(rate):
-            return f"{plan.steps} steps a round, each {plan.unit.value} by a coin of its own with probability {rate:g} each step"
+            steps = "1 step" if plan.steps == 1 else f"{plan.steps} steps"
+            return f"{steps} a round, each {plan.unit.value} by a coin of its own with probability {rate:g} each step"
         case FixedCohort(size, population):
             return f"{size} of {population} clients each round, without replacement"
         case Spaced(size, separation, _):

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from fedlearn import events
 from fedlearn.arrays import digest
 from fedlearn.errors import RunFailedError
 from fedlearn.learning.runtime import RunRuntime
+from fedlearn.link import TlsBundle
+from fedlearn.link.closing import closing
 from fedlearn.privacy.chain import Kind
-from fedlearn.privacy.ledger_file import LEDGER_FILE, account_states, read_records, verify_ledger
+from fedlearn.privacy.ledger_file import LEDGER_FILE, account_states, charges_of, read_records, verify_ledger
+from fedlearn.privacy.study import plan_of
 from fedlearn.release.journal import DictJournal
 from server.app import app as server_app
 from tests.support.heads import Heads
@@ -67,7 +71,9 @@ def ready(processes: Family, link: LinkNet, folder: Path, policies: dict[str, st
     return agents
 
 
-def run_study(link: LinkNet, run_id: int, overrides: list[str], heads: Heads, seen=None, journal=None) -> Run:
+def run_study(
+    link: LinkNet, run_id: int, overrides: list[str], heads: Heads, seen=None, stop=lambda: False, end=None
+) -> Run:
     """Run the ServerApp in this thread; `seen` is told each event."""
     study = fedlearn.load_study(STUDY, tuple(overrides))
     run, grid = Run(), link.grid(run_id)
@@ -79,7 +85,7 @@ def run_study(link: LinkNet, run_id: int, overrides: list[str], heads: Heads, se
 
     grid.runtime = RunRuntime(
         *(f"run-{run_id}", to_toml(study), (), run.finished, emit),
-        *(DictJournal() if journal is None else journal, lambda: False, link.name_of, heads),
+        *(DictJournal(), stop, link.name_of, heads, b"", end),
     )
     try:
         server_app(grid, Context(run_id, 1, {}, RecordDict(), {}))
@@ -168,6 +174,27 @@ def test_an_old_copy_of_a_ledger_is_refused_by_its_own_agent(processes: Family, 
         assert isinstance(run.events[-1], events.RunFailed)
         agent.wait_for("an old copy was put back", timeout_s=10)
     assert "run-3" not in {r.body["key"]["run"] for r in read_records(ledger(tmp_path, "cleveland")) if "key" in r.body}
+
+
+def test_a_run_that_is_stopped_gives_back_what_did_not_take_place(processes: Family, tmp_path: Path):
+    """Charged whole with the first update, and closed by the coordinator's signed word after two of six rounds."""
+    overrides = ["rounds=6", "privacy.unit=client", "privacy.noise_multiplier=4.0", "privacy.delta=1e-3"]
+    overrides += ["privacy.units=2", "cohort.wait_for=2", "evaluate.every=0"]
+    over = threading.Event()
+
+    def seen(event: events.Event) -> None:
+        if isinstance(event, events.RoundFinished) and event.round == 2:
+            over.set()
+
+    with link_net(tmp_path) as link:
+        ready(processes, link, tmp_path, dict.fromkeys(HOSPITALS[:2], budget(50.0, unit="client", seeded=False)))
+        bundle = TlsBundle.load(tmp_path / "coordinator")
+        run = run_study(link, 1, overrides, Heads(), seen, over.is_set, lambda n: closing(bundle, "run-1", n))
+        assert isinstance(run.events[-1], events.RunStopped)
+    cost = plan_of(fedlearn.load_study(STUDY, tuple(overrides))).cost(2).to_text()
+    for name in HOSPITALS[:2]:
+        (charge,) = charges_of(read_records(ledger(tmp_path, name)), "hospital/heart/client")
+        assert charge.cost == cost
 
 
 def test_kill_9_of_a_site_leaves_its_ledger_at_no_less_than_what_left(processes: Family, tmp_path: Path):

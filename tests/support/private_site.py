@@ -95,12 +95,13 @@ class Worker:
 class PrivateSite:
     """The site with what it stands on."""
 
-    def __init__(self, folder: Path, rules: SiteRules, worker: Worker) -> None:
+    def __init__(self, folder: Path, rules: SiteRules, worker: Worker, ca_pem: bytes) -> None:
         assert rules.dataset is not None
         self.worker = worker
         self._journal = SqliteJournal(folder / "releases")
         budgets = rules.accounts()
-        self.accounts = Accounts(ledger_folder(folder, rules.dataset), SITE, rules.dataset, KEY, budgets)
+        ledger = ledger_folder(folder, rules.dataset)
+        self.accounts = Accounts(ledger, SITE, rules.dataset, KEY, budgets, ca_pem)
         self.gate = SiteGate(self._journal, EpsilonCharger(budgets), book=self.accounts.ledger)
         self.site = Site(worker, rules, self.gate, {"client-id": SITE}, self.accounts)  # type: ignore[arg-type]
 
@@ -114,12 +115,14 @@ class PrivateSite:
 
 
 @contextlib.contextmanager
-def private_site(folder: Path, worker: Worker | None = None, policy: str = BUDGET) -> Iterator[PrivateSite]:
+def private_site(
+    folder: Path, worker: Worker | None = None, policy: str = BUDGET, ca_pem: bytes = b""
+) -> Iterator[PrivateSite]:
     """A site on a state folder; made again on the same folder it knows what was before."""
     folder.mkdir(exist_ok=True)
     (folder / "policy.toml").write_text(policy)
     rules = load_rules(folder / "policy.toml").with_defaults("hospital/heart", APP)
-    made = PrivateSite(folder, rules, worker or Worker())
+    made = PrivateSite(folder, rules, worker or Worker(), ca_pem)
     try:
         yield made
     finally:

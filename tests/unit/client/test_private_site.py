@@ -8,15 +8,24 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from client import records
 from client.process import WorkerRaisedError
-from fedlearn.errors import DataError, PolicyRefusedError, StateError, UnsupportedError, WorkerCrashedError
+from fedlearn.errors import (
+    DataError,
+    FedlearnError,
+    PolicyRefusedError,
+    StateError,
+    UnsupportedError,
+    WorkerCrashedError,
+)
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange
 from fedlearn.learning.heads import take_heads
 from fedlearn.learning.update import UNCLIPPED, Update
+from fedlearn.link import Role, TlsBundle, create_authority, issue
+from fedlearn.link.closing import closing
 from fedlearn.privacy.chain import SignedHead
 from fedlearn.privacy.clipping import COUNT
 from fedlearn.privacy.events import Cost, Gaussian
@@ -24,6 +33,7 @@ from fedlearn.privacy.ledger_file import account_states, read_records, verify_le
 from fedlearn.privacy.study import CLIP, plan_of
 from tests.support.private_site import (
     ADAPTIVE,
+    APP,
     CLIENT,
     RECORD,
     SITE,
@@ -123,6 +133,51 @@ async def test_correlated_noise_lets_a_client_come_only_so_often(tmp_path):
             with pytest.raises(PolicyRefusedError, match=f"asks for round {number}, and this site took part"):
                 await one.site.handle(ask(study, number))
         assert one.costs(CLIENTS) == [plan_of(study).cost().to_text()]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    """Certificates by name: of this site's authority, and `stranger` of another."""
+    folder = tmp_path_factory.mktemp("ca")
+    mine, other = create_authority(folder / "mine"), create_authority(folder / "other")
+    issued = {
+        "coordinator": issue(mine, "coordinator", Role.SERVER, folder / "coordinator"),
+        "client": issue(mine, "hungary", Role.CLIENT, folder / "client"),
+        "stranger": issue(other, "coordinator", Role.SERVER, folder / "stranger"),
+    }
+    return {name: TlsBundle.load(path) for name, path in issued.items()}
+
+
+def over(bundle: TlsBundle, rounds: int, run: str = "run-1", named: str = "run-1") -> Message:
+    """A coordinator's word that `named` is over, sent for `run`."""
+    encoder = messages.RequestEncoder(run, CLIENT.to_json(), APP)
+    return Message(encoder.close(closing(bundle, named, rounds)), 5, "query.close")
+
+
+async def test_a_run_that_ends_early_gives_back_what_did_not_take_place(tmp_path, authority):
+    ca_pem = authority["coordinator"].ca_pem
+    with private_site(tmp_path / "s", ca_pem=ca_pem) as one:
+        for number in (1, 2):
+            await one.site.handle(ask(CLIENT, number))
+        for message, word in (
+            (over(authority["client"], 2), "role client"),
+            (over(authority["stranger"], 2), "cannot be taken"),
+            (over(authority["coordinator"], 2, named="run-2"), "not signed by the coordinator"),
+            (over(authority["coordinator"], 1), "released something in 2"),
+            (over(authority["coordinator"], 6), "do not fit the charge"),
+        ):
+            with pytest.raises(FedlearnError, match=word):
+                await one.site.handle(message)
+        assert one.costs(CLIENTS) == [plan_of(CLIENT).cost().to_text()]
+        for _ in range(2):
+            reply = await one.site.handle(over(authority["coordinator"], 3))
+            assert messages.decode_description(reply.content) == SITE
+        assert one.costs(CLIENTS) == [plan_of(CLIENT).cost(3).to_text()]
+        with pytest.raises(PolicyRefusedError, match="closed"):
+            await one.site.handle(ask(CLIENT, 3))
+        await one.site.handle(over(authority["coordinator"], 3, run="run-9", named="run-9"))  # never charged here
+    with private_site(tmp_path / "s", ca_pem=ca_pem) as later:
+        assert later.costs(CLIENTS) == [plan_of(CLIENT).cost(3).to_text()]
 
 
 async def test_a_rehearsal_is_charged_to_an_account_of_its_own(tmp_path):
