@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from fedlearn.errors import RunFailedError, StateError
+from fedlearn.learning.rows import in_order
 from fedlearn.privacy.ftrl import CorrelatedNoise
 from fedlearn.privacy.mechanisms import Chance, seeded_chance
 from fedlearn.privacy.plan import PrivacyPlan, Spaced
@@ -28,6 +29,7 @@ from fedlearn.release.keys import record_key
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Array, Arrays
+    from fedlearn.learning.rows import SortedIds
     from fedlearn.privacy.ftrl import FloatArray
     from fedlearn.release.journal import Changes, Journal
 
@@ -103,16 +105,33 @@ class FtrlRun:
         Raises:
             RunFailedError: nobody may be asked.
         """
-        may = sorted(client for client in clients if self._may_be_asked(client, round_number))
+        ordered = in_order(clients)
+        found = self._never_asked(ordered, chance)
+        if found is not None:
+            return found
+        may = [client for client in ordered if self._may_be_asked(client, round_number)]
         if not may:
             raise RunFailedError(
                 f"round {round_number}: none of the {len(clients)} clients here may be asked: each was less than "
                 f"{self._sampling.separation} rounds ago, or {self._sampling.most} times already",
                 hint="start more clients",
             )
-        lots = chance.uniform(len(may))
-        order = sorted(range(len(may)), key=lambda i: (self._asked.get(may[i], (0, 0))[0], lots[i]))
-        return tuple(sorted(may[i] for i in order[: self._sampling.size]))
+        counts = np.array([self._asked.get(client, (0, 0))[0] for client in may])
+        order = np.lexsort((chance.uniform(len(may)), counts))
+        return tuple(may[int(i)] for i in np.sort(order[: self._sampling.size]))
+
+    def _never_asked(self, ordered: SortedIds, chance: Chance) -> tuple[str, ...] | None:
+        """A cohort of those who were never asked, without looking at everybody, where most of a large population were not; else None."""
+        size, population = self._sampling.size, len(ordered)
+        if 2 * (len(self._asked) + size) > population:
+            return None
+        found: set[int] = set()
+        while len(found) < size:  # at least every second one drawn is new and was never asked
+            drawn = (chance.uniform(2 * size) * population).astype(np.int64)
+            for place in drawn.tolist():
+                if len(found) < size and ordered.at(place) not in self._asked:
+                    found.add(place)
+        return tuple(ordered.at(place) for place in sorted(found))
 
     def means(self, round_number: int, sums: Mapping[str, Arrays]) -> dict[str, dict[str, Array]]:
         """The round's sums with its noise, divided by the plan's number of clients; the same at every call.

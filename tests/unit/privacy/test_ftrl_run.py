@@ -12,6 +12,7 @@ import pytest
 
 from fedlearn.errors import RunFailedError, StateError, StudyError
 from fedlearn.learning.local import initial_weights
+from fedlearn.learning.rows import NumberedIds
 from fedlearn.learning.update import DELTA
 from fedlearn.privacy.accounting import account, pld_epsilon
 from fedlearn.privacy.events import Gaussian, Repeated
@@ -370,3 +371,24 @@ def test_a_statement_names_the_constraints_and_counts_the_whole_run():
     assert found["epsilon"] == planned(study_of(), rehearsal=False)["epsilon"]
     assert "none twice in 3 rounds or more than 2 times" in found["sampling"]
     assert "from the first one on" in found["counted"]
+
+
+def test_a_large_population_is_not_looked_through():
+    class Ids(NumberedIds):
+        looked = 0
+
+        def at(self, number):
+            self.looked += 1
+            return super().at(number)
+
+    plan, ids = plan_of(study_of()), Ids(10**7)
+    assert plan is not None
+    run = FtrlRun(replace(plan, sampling=Spaced(50, 3), rounds=6), DictJournal(), "run", 5)
+    asked: set[str] = set()
+    for number in range(1, 7):
+        cohort = run.pick(ids, number, seeded_chance(number))
+        run.closing(number, cohort)
+        assert list(cohort) == sorted(set(cohort))
+        asked |= set(cohort)
+    assert len(asked) == 300, "nobody twice while there are others"
+    assert ids.looked < 6 * 150
