@@ -211,3 +211,19 @@ def test_without_a_plan_tasks_are_as_they_were(path):
     assert build_population(plain, task_of(plain)).client("east").train.groups is None
     client = study.with_overrides(["privacy={unit='client', noise_multiplier=1.0, delta=1e-3, units=3}"])
     assert task_of(client).scaling == "own", "a client-level plan protects clients, whatever they make of their rows"
+
+
+def test_payments_of_customers_train_and_are_scored_as_one():
+    study = study_of(
+        "",
+        GROUP.replace("patient", "customer"),
+        "bank/fraud",
+        "customers = 60\nterminals = 300\ndays = 14\nbanks = 2",
+    )
+    result = fedlearn.simulate(study.with_overrides(["cohort.wait_for=2", "rounds=1"]))
+    assert result.privacy["unit"] == "group"
+    assert result.task.histories == "customer"
+    population = build_population(study, task_of(study))
+    banks = [population.client(bank) for bank in population.client_ids]
+    people = [set(part.groups) for bank in banks for part in (bank.train, bank.test)]
+    assert sum(map(len, people)) == len(set.union(*people)) > 40, "each is in one half of one bank"

@@ -14,6 +14,7 @@ from fedlearn.errors import StudyError, UnsupportedError
 from fedlearn.learning.metrics import accuracy, average_precision, balanced_accuracy, roc_auc
 from fedlearn.privacy.evaluation import per_unit
 from fedlearn.privacy.scoring import BinaryScores, ShareRight, SquaredErrors, _as_counts
+from fedlearn.tasks import load_task, task_names
 
 ANY = st.floats(allow_nan=True, allow_infinity=True, width=32)
 BINARY, SHARE, SQUARED = BinaryScores(), ShareRight("top1"), SquaredErrors(-2.0, 6.0)
@@ -123,6 +124,20 @@ def test_noisy_counts_become_counts_of_the_same_total(noisy):
     assert counts.sum() == pytest.approx(noisy.sum())
     if (noisy >= 0).all():
         assert counts == pytest.approx(noisy)
+
+
+OPTIONS = {
+    "image/folder": {"classes": ["a", "b"]},
+    "image/npz": {"classes": 3},
+    "tabular/csv": {"label": "sick", "features": ["age"], "classes": ["no", "yes"]},
+}
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_charged_evaluation_has_the_tasks_primary_metric(name):
+    task = load_task(name, OPTIONS.get(name))
+    scoring = task.scoring()
+    assert task.card.metric.split()[0] in scoring.metrics(np.zeros(scoring.cells), 1.0)
 
 
 def test_what_is_not_scored_so_is_refused():
