@@ -200,6 +200,7 @@ def _prepare(database: sqlite3.Connection, path: Path, durable: bool) -> None:
         raise StateError(f"journal {path}: SQLite offers journal mode {mode!r}, expected wal")
     database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
     database.execute("PRAGMA fullfsync = 1")
+    database.execute("PRAGMA secure_delete = ON")  # what is deleted may be a key
     identity = _pragma(database, "application_id"), _pragma(database, "user_version")
     (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if not tables and identity == (0, 0):

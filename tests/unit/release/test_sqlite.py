@@ -39,6 +39,16 @@ def test_large_values_are_files_and_go_with_their_records(tmp_path: Path) -> Non
         assert files(tmp_path) == []
 
 
+def test_what_was_deleted_is_in_no_file_once_it_is_closed(tmp_path: Path) -> None:
+    """A run's noise key is deleted with its last round."""
+    secret = hashlib.sha256(b"a key").digest()
+    with closing(SqliteJournal(tmp_path)) as journal:
+        journal.write({"other": b"other"})
+        journal.write({"key": secret})
+        journal.write({"key": None})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and secret in path.read_bytes()]
+
+
 def test_a_file_that_no_record_names_is_removed(tmp_path: Path) -> None:
     with closing(SqliteJournal(tmp_path)) as journal:
         journal.write({"large": LARGE})
