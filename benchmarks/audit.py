@@ -35,18 +35,6 @@ STUDIES = {
     "heart, records": ("simulations/heart.toml", "privacy.unit=record"),
     "digits, records": ("simulations/digits.toml", "privacy.unit=record"),
     "digits, clients, everybody": ("simulations/digits.toml", "privacy.unit=client"),
-    "digits, clients, by coins": (
-        "simulations/digits.toml",
-        "privacy.unit=client",
-        "cohort.rate=0.5",
-        "cohort.wait_for=1",
-    ),
-    "digits, clients, 5 of 10": (
-        "simulations/digits.toml",
-        "privacy.unit=client",
-        "cohort.size=5",
-        "cohort.wait_for=5",
-    ),
 }
 
 

@@ -151,9 +151,8 @@ def _print(report: AuditReport) -> None:
     print_table(rows, ("build", "refuted", "epsilon >="), indent="  ", right=(1,))
     weak = [one for one in report.power if one.noise_factor <= 0.1 and one.refuted < SURELY_SEEN]
     if weak:
-        print(
-            "  It is too weak to see a build whose noise is ten times too small: take a smaller --delta, or more --canaries."
-        )
+        print("  The bound cannot see a build whose noise is ten times too small; the noise that was measured can.")
+        print("  A smaller --delta, or more --canaries, make the bound stronger.")
     print()
     _print_membership(report, units)
     print(f"\n{MEANING}")

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlearn.errors import StudyError
-from fedlearn.privacy.plan import FixedCohort, PoissonSampling
+from fedlearn.privacy.plan import FixedCohort, PoissonSampling, Spaced
 
 if TYPE_CHECKING:
     from fedlearn.privacy.plan import PrivacyPlan
@@ -232,6 +232,8 @@ def imagined_scores(plan: PrivacyPlan, noise_factor: float, inside: Coins, gener
     A canary that was not in gives nothing; under replace-one it was replaced by its opposite.
     """
     match plan.sampling:
+        case Spaced(_, separation, _):
+            return _imagined_correlated(plan, separation, noise_factor, inside, generator)
         case PoissonSampling(rate):
             share = rate
         case FixedCohort(size, population):
@@ -244,3 +246,20 @@ def imagined_scores(plan: PrivacyPlan, noise_factor: float, inside: Coins, gener
         noise_factor * plan.sum_noise_multiplier * math.sqrt(plan.releases)
     )
     return np.where(inside, drawn, outside * drawn) + noise
+
+
+def _imagined_correlated(
+    plan: PrivacyPlan, separation: int, noise_factor: float, inside: Coins, generator: np.random.Generator
+) -> Scores:
+    """Likelihood ratios times the noise's variance, of canaries that are asked as often as they may be, from a round of their own on."""
+    assert plan.matrix is not None
+    column, participations = plan.matrix.coefficients(plan.rounds), plan.ftrl.participations
+    squares = []  # of what a canary gives, by its first round
+    for first in range(min(separation, plan.rounds)):
+        asked = np.zeros(plan.rounds)
+        asked[first::separation][:participations] = 1.0
+        squares.append(float(np.sum(np.convolve(column, asked)[: plan.rounds] ** 2)))
+    square = np.array(squares)[generator.integers(len(squares), size=len(inside))]
+    noise = generator.standard_normal(len(inside)) * noise_factor * plan.sum_noise_multiplier * np.sqrt(square)
+    scores: Scores = np.where(inside, square, 0.0) - square / 2 + noise
+    return scores

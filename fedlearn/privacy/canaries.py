@@ -22,6 +22,7 @@ from fedlearn.privacy.dpsgd import DpSgd, GradientEngine, Losses
 from fedlearn.privacy.plan import AdaptiveClip, FixedCohort, PrivacyPlan
 from fedlearn.privacy.site import SitePlan
 from fedlearn.privacy.steps import IntArray, NoisySteps
+from fedlearn.privacy.whitening import Whitening
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,11 +119,18 @@ class Evidence:
     plan: PrivacyPlan
     releases: int = 0
     scores: Scores = field(init=False)
-    _squares: dict[str, float] = field(init=False)
+    _squares: dict[str, float] = field(init=False, repr=False)
+    _heard: Whitening = field(init=False, repr=False)
+    _known: Whitening = field(init=False, repr=False)
+    _noise: dict[str, Whitening] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.scores = np.zeros(len(self.canaries))
         self._squares = dict.fromkeys(self.canaries.sizes, 0.0)
+        matrix, rounds = self.plan.matrix, self.plan.rounds
+        column = np.ones(1) if matrix is None else matrix.coefficients(rounds)
+        self._heard, self._known = Whitening(column), Whitening(column)
+        self._noise = {name: Whitening(column) for name in self.canaries.sizes}
 
     def hear(
         self,
@@ -130,19 +138,29 @@ class Evidence:
         exact: Sequence[npt.NDArray[Any]],
         real: Scores,
         clip_l2: float,
+        asked: Coins | None = None,
     ) -> None:
         """One release.
+
+        A score is the sum of a canary's numbers. Where noise is correlated, its correlation is undone first, and since the guarantee does not
+        rest on who is asked, the score is then a likelihood ratio times the noise's variance, for what each canary would have given.
 
         Args:
             released: noisy sums over the plan's denominator, one array a name.
             exact: the sums before the noise.
             real: of `exact`, what is not the canaries', at their numbers.
             clip_l2: of this release.
+            asked: for correlated noise, which canaries were asked in this round, in or out; shape (count,).
         """
         size, std = denominator(self.plan), self.plan.sum_noise_multiplier * clip_l2
-        self.scores += (self.canaries.read(released) * size - real) / clip_l2
+        heard = self._heard.next((self.canaries.read(released) * size - real) / clip_l2)
+        if asked is None:
+            self.scores += heard
+        else:
+            given = self._known.next(asked.astype(np.float64))
+            self.scores += given * (heard - given / 2)
         for name, noisy, before in zip(self._squares, released, exact, strict=True):
-            noise = (noisy.astype(np.float64) * size - before) / std
+            noise = self._noise[name].next((noisy.astype(np.float64) * size - before) / std)
             self._squares[name] += float(np.vdot(noise, noise))
         self.releases += 1
 

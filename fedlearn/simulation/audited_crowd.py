@@ -22,7 +22,7 @@ from fedlearn.learning.postprocess import apply_on_client, chain_of
 from fedlearn.learning.rows import in_order
 from fedlearn.learning.update import DELTA, UNCLIPPED, Aggregate, Update
 from fedlearn.privacy.canaries import WIDENED, Canaries, Evidence
-from fedlearn.privacy.plan import FixedCohort, PrivacyPlan
+from fedlearn.privacy.plan import FixedCohort, PrivacyPlan, Spaced
 from fedlearn.privacy.study import clip_in, plan_of
 from fedlearn.simulation.audited import Audited, bare, company_of, federate, nobody_dropped, sizes_of
 from fedlearn.simulation.sequential import SequentialBackend
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fedlearn.learning.backend import Scored, Work
     from fedlearn.learning.strategy import ServerState, Strategy
     from fedlearn.learning.task import Population
+    from fedlearn.privacy.audit import Coins
 
 _FAR: Final = 1e3
 """How many clips long a canary's update is before it is clipped."""
@@ -67,6 +68,7 @@ class _Crowd:
         self._clip_l2 = math.nan
         self._exact: dict[str, npt.NDArray[np.float64]] = {}
         self._real_part = np.zeros(0)
+        self._asked: Coins | None = None
 
     def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:  # noqa: ARG002  # all are here
         return self._everybody
@@ -80,6 +82,9 @@ class _Crowd:
         for reply in self._real.fit(replace(work, cohort=mine, model=narrow)):
             yield reply if isinstance(reply, Failed) else self._sent(reply.client, reply.update, work.model)
         self._real_part = self._evidence.canaries.read(list(self._exact.values()))
+        if self._evidence.plan.matrix is not None:
+            self._asked = np.zeros(len(self._numbers), dtype=np.bool_)
+            self._asked[[self._numbers[client] for client in work.cohort if client in self._numbers]] = True
         chain = chain_of(self._study, work.shared)
         for client in work.cohort:
             number = self._numbers.get(client)
@@ -97,7 +102,7 @@ class _Crowd:
     def hear(self, aggregate: Aggregate) -> None:
         """The release of the round whose updates came last."""
         released = [aggregate.means[DELTA][name] for name in self._names]
-        self._evidence.hear(released, list(self._exact.values()), self._real_part, self._clip_l2)
+        self._evidence.hear(released, list(self._exact.values()), self._real_part, self._clip_l2, self._asked)
 
     def _sent(self, client: str, update: Update, model: Arrays) -> Fitted:
         """What arrives, counted in the exact sums."""
@@ -150,12 +155,20 @@ def _with_room(study: Study, plan: PrivacyPlan, present: int) -> tuple[Study, Pr
     """The study with a population that the canaries fit into, its plan, and how many clients there are.
 
     Coins and full participation say nothing of others, so canaries come on top. A fixed cohort is drawn out of a population: both grow by
-    the same factor, which changes neither the probability to be drawn nor the noise in clips.
+    the same factor, which changes neither the probability to be drawn nor the noise in clips. Where nobody may be asked too often, rounds
+    become so large that everybody is asked as often as may be: no guarantee rests on their size.
     """
-    times = max(1, math.ceil(present / plan.units)) if isinstance(plan.sampling, FixedCohort) else 1
-    size = None if study.cohort.size is None else study.cohort.size * times
+    units, size = plan.units, study.cohort.size
+    match plan.sampling:
+        case FixedCohort(cohort, _):
+            times = max(1, math.ceil(present / units))
+            units, size = units * times, cohort * times
+        case Spaced(_, separation, most):
+            turns = max(min(separation, plan.rounds), 0 if most is None else math.ceil(plan.rounds / most))
+            size = math.ceil(present / turns)
+            units = size * turns
     study = bare(study, plan, study.cohort.model_copy(update={"size": size, "minimum": 1, "wait_for": None}))
-    privacy = study.privacy.model_copy(update={"units": plan.units * times}) if study.privacy else None
+    privacy = study.privacy.model_copy(update={"units": units}) if study.privacy else None
     study = study.model_copy(update={"privacy": privacy})
     try:
         grown = plan_of(study)

@@ -76,7 +76,7 @@ def test_a_refuted_claim_has_an_exit_code_of_its_own(study, capsys, monkeypatch,
 
 def test_an_audit_that_can_see_nothing_says_so(study, capsys):
     assert main(["audit", study, "--shadows", "0", "--canaries", "20"]) == 0
-    assert "too weak to see a build whose noise is ten times too small" in capsys.readouterr().out
+    assert "The bound cannot see a build whose noise is ten times too small" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ DELTA = "privacy.delta=1e-5"
 RECORD = ("privacy.unit=record", "privacy.noise_multiplier=2.41", DELTA)
 ANY_CLIENT = ("privacy.unit=client", DELTA, f"privacy.units={len(CLIENTS)}")
 CLIENT = (*ANY_CLIENT, "privacy.noise_multiplier=6.462")
+FTRL = ("privacy.mechanism=ftrl", "rounds=6")
 PLANS = {  # each with the noise for epsilon = 1, but for one that asks for the budget itself
     "record": RECORD,
     "record-adaptive": (*RECORD, "privacy.clipping=adaptive"),
@@ -48,6 +49,16 @@ PLANS = {  # each with the noise for epsilon = 1, but for one that asks for the 
         "privacy.clipping=adaptive",
     ),
     "client-fixed-cohort": (*ANY_CLIENT, "privacy.noise_multiplier=6.081", "cohort.size=1", "cohort.wait_for=1"),
+    "client-ftrl": (*ANY_CLIENT, "privacy.noise_multiplier=3.731", *FTRL, "privacy.min_separation=1"),
+    "client-ftrl-banded": (
+        *ANY_CLIENT,
+        "privacy.noise_multiplier=3.731",
+        *FTRL,
+        "privacy.min_separation=2",
+        "privacy.matrix=banded",
+        "cohort.size=2",
+        "cohort.wait_for=2",
+    ),
     "client-scaffold": (*CLIENT, "strategy.name=scaffold"),
 }
 
@@ -176,11 +187,6 @@ def test_the_claim_may_be_tested_at_another_delta():
 def test_what_cannot_be_audited_is_refused(overrides, options, says):
     with pytest.raises(StudyError, match=says):
         audited(*overrides, **options)
-
-
-def test_correlated_noise_is_refused():
-    with pytest.raises(UnsupportedError, match="ftrl"):
-        audited(*CLIENT, "privacy.mechanism=ftrl", "privacy.min_separation=1")
 
 
 # Final models.
