@@ -392,3 +392,9 @@ def test_a_large_population_is_not_looked_through():
         asked |= set(cohort)
     assert len(asked) == 300, "nobody twice while there are others"
     assert ids.looked < 6 * 150
+
+
+def test_the_sum_may_be_masked():
+    more = ("cohort.size=4", "privacy.min_separation=1", "rounds=2")
+    plain, masked = (simulate(study_of(*more, *extra)).weights for extra in ((), ("secure_aggregation.enabled=true",)))
+    assert all(np.allclose(plain[name], masked[name], atol=1e-4) for name in plain)
