@@ -12,10 +12,11 @@ from client import sandbox
 from client.accounts import Accounts, ledger_folder, signing_key
 from client.crew import Crew
 from client.flower_masks import BY_AGENT
+from client.foreign import ForeignSite
 from client.masking import Masking
 from client.policy import SiteRules, load_rules
 from client.process import WorkerRaisedError
-from client.site import ForeignSite, Site
+from client.site import Site
 from fedlearn import logs
 from fedlearn.app import App, load_app, own_root
 from fedlearn.errors import StudyError, TlsError, WorkerCrashedError

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 
 from client import records
-from client.frames import Frame, Kind
+from client.compute import compute
 from client.guard import Guard, guard_of, withheld
-from client.process import WorkerRaisedError
-from fedlearn.app import RUN_CONFIG
+from client.outbox import Outbox, no_work, refusal
 from fedlearn.errors import FedlearnError, PolicyRefusedError, RemoteProtocolError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange
 from fedlearn.learning.checkpoint import broadcast_digest
 from fedlearn.learning.heads import put_heads, take_heads
 from fedlearn.learning.strategy import ServerState
-from fedlearn.link import flower
 from fedlearn.release.keys import EVALUATE, TRAIN, UNMASK, AttemptId, ReleaseKey
-from fedlearn.release.records import Finished, InProgress, Refused, Reserved
+from fedlearn.release.records import Reserved
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import Mapping
 
     from client.accounts import Accounts
     from client.crew import Crew
@@ -35,12 +31,6 @@ if TYPE_CHECKING:
     from fedlearn.release.charge import Charge
     from fedlearn.release.site import SiteGate
     from fedlearn.study import Study
-
-log = logging.getLogger("fedlearn.client")
-T = TypeVar("T")
-
-FOREIGN_STATES: Final = 16
-"""Runs of a foreign app whose memory is kept."""
 
 
 class Site:
@@ -70,9 +60,7 @@ class Site:
         self._crew, self._rules, self._gate, self._accounts = crew, rules, gate, accounts
         self._masking = masking
         self._node_config = dict(node_config)
-        self._gate_lock = asyncio.Lock()
-        self._computing: dict[ReleaseKey, asyncio.Event] = {}
-        self._running: set[asyncio.Task[Any]] = set()
+        self._outbox = Outbox(gate)
 
     async def handle(self, message: Message) -> Message:
         """The reply to one message.
@@ -90,7 +78,7 @@ class Site:
             raise PolicyRefusedError(
                 "policy: this site keeps no ledger, so it takes part in no study with a privacy plan"
             )
-        await self._at_gate(self._accounts.check, heads)
+        await self._outbox.at_gate(self._accounts.check, heads)
         account = self._rules.account(study.privacy)
         try:
             # In a thread: the first time, a plan's noise is searched for.
@@ -100,7 +88,7 @@ class Site:
             raise
         except Exception as error:
             raise withheld(request.run, error) from None
-        put_heads(reply.content, [await self._at_gate(self._accounts.head)])
+        put_heads(reply.content, [await self._outbox.at_gate(self._accounts.head)])
         return reply
 
     def _masks(self, study: Study) -> Masks | None:
@@ -125,12 +113,12 @@ class Site:
             if request.exchange is Exchange.EVALUATE:
                 return Message(records.unpack(await self._scored(message, request, guard)), reply_to=message)
             if request.exchange is Exchange.CLOSE:
-                await self._at_gate(self._closed, request, guard)
+                await self._outbox.at_gate(self._closed, request, guard)
                 return Message(messages.encode_description(str(self._node_config["client-id"]), {}), reply_to=message)
             return Message(await self._described(message, request, guard), reply_to=message)
         state = None
         if request.exchange is Exchange.EVALUATE:
-            state = await self._at_gate(self._settled_state, request)
+            state = await self._outbox.at_gate(self._settled_state, request)
         reply, _ = await self._compute(message, request.run, state, None)
         return reply
 
@@ -146,10 +134,10 @@ class Site:
         base = None if request.base is None else AttemptId(*request.base)
         key = _key(request, UNMASK)
         return records.unpack(
-            await self._released(
+            await self._outbox.released(
                 key,
                 lambda: self._gate.reserve(key, base=base, request=request.body),
-                _nothing,
+                no_work,
                 lambda _content: messages.encode_said(masks.opening(request)),
             )
         )
@@ -158,8 +146,8 @@ class Site:
         """Who this site is, and no more; only where the run's first charge has room."""
         if request.exchange is not Exchange.DESCRIBE:
             raise PolicyRefusedError(f"plan: {request.exchange.value} has no place in a study with a privacy plan")
-        if (refused := await self._at_gate(self._gate.foresee, request.run, guard.first())) is not None:
-            raise _refusal(refused)
+        if (refused := await self._outbox.at_gate(self._gate.foresee, request.run, guard.first())) is not None:
+            raise refusal(refused)
         reply, _ = await self._compute(message, request.run, None, guard)
         return guard.description(reply.content, str(self._node_config["client-id"]))
 
@@ -181,13 +169,15 @@ class Site:
             reply, _ = await self._compute(message, key.run, None, guard)
             return reply.content, None
 
-        return await self._released(key, lambda: self._gate.reserve(key, base=base, charge=charge), score, guard.scores)
+        return await self._outbox.released(
+            key, lambda: self._gate.reserve(key, base=base, charge=charge), score, guard.scores
+        )
 
     async def _train(self, message: Message, request: Request, masks: Masks | None, guard: Guard | None) -> bytes:
         key = _key(request, TRAIN)
         asked = await asyncio.to_thread(_broadcast, message, request)
         base = None if request.base is None else AttemptId(*request.base)
-        charge = None if guard is None else await self._at_gate(self._charge, request, guard)
+        charge = None if guard is None else await self._outbox.at_gate(self._charge, request, guard)
 
         async def train(reserved: Reserved) -> tuple[RecordDict, bytes | None]:
             if masks is not None:
@@ -199,72 +189,15 @@ class Site:
             content = content if guard is None else guard.update(content, asked)
             return content if masks is None else masks.masked(asked, content)
 
-        return await self._released(key, lambda: self._gate.reserve(key, base=base, charge=charge), train, seal)
+        return await self._outbox.released(key, lambda: self._gate.reserve(key, base=base, charge=charge), train, seal)
 
     def _charge(self, request: Request, guard: Guard) -> Charge | None:
         """What an update costs, once the run is admitted where its plan is charged whole."""
         charge = guard.charge(request)
         guard.check_turn(request, {r.key.round for r in self._gate.releases(request.run) if r.key.exchange == TRAIN})
         if guard.admission is not None and (refused := self._gate.admit(request.run, guard.admission)) is not None:
-            raise _refusal(refused)
+            raise refusal(refused)
         return charge
-
-    async def _released(
-        self,
-        key: ReleaseKey,
-        reserve: Callable[[], Reserved | Finished | InProgress | Refused],
-        compute: Callable[[Reserved], Awaitable[tuple[RecordDict, bytes | None]]],
-        seal: Callable[[RecordDict], RecordDict],
-    ) -> bytes:
-        """The committed bytes of a release: computed once, whoever asks how often.
-
-        Args:
-            key: its name.
-            reserve: asks the gate.
-            compute: the work, and the memory after it. May be cancelled when nobody waits any more.
-            seal: what the work becomes before it may leave. Masks are used once, so from here on it goes through to the commit, waited for or not.
-        """
-        while (other := self._computing.get(key)) is not None:
-            await other.wait()
-        self._computing[key] = asyncio.Event()
-        try:
-            answer = await self._at_gate(reserve)
-            if isinstance(answer, Finished):
-                log.info("%s: sent again, %d bytes, computed once", key.at, len(answer.payload))
-                self._computing.pop(key).set()
-                return answer.payload
-            content, state = await compute(_granted(answer))
-        except BaseException:
-            # Nothing was committed, so nothing can have left: the reservation goes back. Not awaited: this may be a cancellation.
-            self._go_on(self._given_back(key))
-            raise
-        return await asyncio.shield(self._go_on(self._sealed(key, content, state, seal)))
-
-    async def _sealed(
-        self, key: ReleaseKey, content: RecordDict, state: bytes | None, seal: Callable[[RecordDict], RecordDict]
-    ) -> bytes:
-        try:
-            payload = await asyncio.to_thread(lambda: records.pack(seal(content)))
-            finished = await self._at_gate(lambda: self._gate.commit(key, payload, state=state))
-        except BaseException:
-            self._go_on(self._given_back(key))
-            raise
-        self._computing.pop(key).set()
-        if isinstance(finished, Refused):
-            raise _refusal(finished)
-        log.info("run %s, %s: %s of %d bytes committed and released", key.run, key.at, key.exchange, len(payload))
-        return finished.payload
-
-    async def _given_back(self, key: ReleaseKey) -> None:
-        await self._at_gate(self._gate.abandon, key)
-        self._computing.pop(key).set()
-
-    def _go_on(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Work that goes through to its end, waited for or not."""
-        task = asyncio.create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return task
 
     async def _compute(
         self, message: Message, run: str, state: bytes | None, guard: Guard | None
@@ -280,90 +213,8 @@ class Site:
     def _settled_state(self, request: Request) -> bytes | None:
         base = None if request.base is None else AttemptId(*request.base)
         if (refused := self._gate.settle(request.run, base)) is not None:
-            raise _refusal(refused)
+            raise refusal(refused)
         return self._gate.state(request.run)
-
-    async def _at_gate(self, call: Callable[..., T], *args: Any) -> T:
-        """One gate call at a time, in a thread: it waits for the disk. One whose caller is cancelled is not overtaken by the next."""
-        return await asyncio.shield(self._go_on(self._alone_at_gate(call, *args)))
-
-    async def _alone_at_gate(self, call: Callable[..., T], *args: Any) -> T:
-        async with self._gate_lock:
-            return await asyncio.to_thread(call, *args)
-
-
-class ForeignSite:
-    """Answers messages of somebody else's Flower App: no gate, and memory that ends with this process.
-
-    Args:
-        crew: where the app runs.
-        node_config: what the app is told of this site.
-        run_config: the app's own defaults, under what the coordinator says of a run.
-    """
-
-    def __init__(self, crew: Crew, node_config: Mapping[str, Any], run_config: Mapping[str, Any] | None = None) -> None:
-        self._crew, self._node_config, self._run_config = crew, dict(node_config), dict(run_config or {})
-        self._states: OrderedDict[int, bytes] = OrderedDict()
-
-    async def handle(self, message: Message) -> Message:
-        run = message.metadata.run_id
-        told = message.content.pop(RUN_CONFIG, None) if message.has_content() else None
-        config = self._run_config | (dict(told) if isinstance(told, ConfigRecord) else {})
-        state = self._states.get(run)
-        reply, state = await compute(self._crew, message, str(run), state, self._node_config, config)
-        if state is not None:
-            self._states[run] = state
-            self._states.move_to_end(run)
-            while len(self._states) > FOREIGN_STATES:
-                self._states.popitem(last=False)
-        return reply
-
-
-async def compute(
-    crew: Crew,
-    message: Message,
-    run: str,
-    state: bytes | None,
-    node_config: Mapping[str, Any],
-    run_config: Mapping[str, Any] | None = None,
-) -> tuple[Message, bytes | None]:
-    """Let the app answer a message.
-
-    Args:
-        crew: where the app runs.
-        message: to answer.
-        run: whose worker answers.
-        state: the app's packed `Context.state` before; None for an empty one.
-        node_config: what the app is told of this site.
-        run_config: what a foreign app is told of the run.
-
-    Returns:
-        The reply, and the packed state after; None when it is empty.
-    """
-    wire = flower.encode(message)
-    metadata, arrays = records.split(state) if state is not None else (b"", [])
-    header = {
-        "message": len(wire.buffers),
-        "state": len(arrays) if state is not None else -1,
-        "run_id": message.metadata.run_id,
-        "node_id": message.metadata.dst_node_id,
-        "node_config": dict(node_config),
-        "run_config": dict(run_config or {}),
-    }
-    buffers = [wire.metadata, *wire.buffers, *([metadata, *arrays] if state is not None else [])]
-    try:
-        frame = await crew.call(run, Frame(Kind.CALL, header, buffers))
-    except WorkerRaisedError as error:
-        # The exception's own text may hold data of people: it stays in this site's log.
-        log.error("run %s: %s: %s", run, error.message, error.detail)  # noqa: TRY400  # the trace is the worker's
-        raise
-    pieces = list(frame.buffers)
-    count, kept = int(frame.header["message"]), int(frame.header["state"])
-    reply = flower.decode(pieces[0], pieces[1 : 1 + count])
-    if reply.has_error():
-        raise RemoteProtocolError(f"run {run}: the app answered with an error: {reply.error.reason}")
-    after = None if kept < 0 else records.join(pieces[1 + count], pieces[2 + count : 2 + count + kept])
-    return reply, after
 
 
 def _broadcast(message: Message, request: Request) -> Request:
@@ -377,24 +228,8 @@ def _broadcast(message: Message, request: Request) -> Request:
     return whole
 
 
-async def _nothing(_reserved: Reserved) -> tuple[RecordDict, bytes | None]:
-    """A release that needs no work of the app."""
-    return RecordDict(), None
-
-
 def _key(request: Request, exchange: str) -> ReleaseKey:
     try:
         return ReleaseKey(request.run, request.round, request.attempt, exchange, request.model_digest)
     except ValueError as error:
         raise RemoteProtocolError(f"message: {error}") from None
-
-
-def _granted(answer: Reserved | InProgress | Refused) -> Reserved:
-    if isinstance(answer, Refused):
-        raise _refusal(answer)
-    assert isinstance(answer, Reserved), "whoever asks again waits for the first, and does not come here"
-    return answer
-
-
-def _refusal(refused: Refused) -> PolicyRefusedError:
-    return PolicyRefusedError(f"gate: {refused.reason.value}: {refused.message}")

@@ -11,9 +11,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from client import records
 from client.crew import Crew
+from client.foreign import ForeignSite
 from client.policy import SiteRules
 from client.process import WorkerRaisedError
-from client.site import ForeignSite, Site
+from client.site import Site
 from fedlearn.app import load_app
 from fedlearn.errors import PolicyRefusedError, RemoteProtocolError, WorkerCrashedError
 from fedlearn.learning import messages
