@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedlearn.errors import LocalProtocolError, StudyError
 from fedlearn.privacy.accounting import account, pld_epsilon
@@ -48,6 +50,26 @@ def test_sensitivity_is_the_worst_pattern_of_participation(strategy, separation,
                 # C is not negative, so contributions that all point one way move it furthest.
                 worst = max(worst, float(np.linalg.norm(columns[list(rounds)].sum(0))))
     assert plan.sensitivity == pytest.approx(worst)
+
+
+@given(
+    steps=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=8),
+    separation=st.integers(1, 9),
+    most=st.integers(1, 4),
+)
+def test_no_pattern_and_no_direction_moves_more_than_the_sensitivity(steps, separation, most):
+    """Theorem 2 for any coefficients that fall: over all patterns of participation, and contributions of any sign."""
+    column = np.cumprod([1.0, *steps])
+    n = len(column)
+    columns = np.array([[column[i - j] if i >= j else 0.0 for i in range(n)] for j in range(n)])
+    worst = 0.0
+    for count in range(1, most + 1):
+        for rounds in itertools.combinations(range(n), count):
+            if any(b - a < separation for a, b in itertools.pairwise(rounds)):
+                continue
+            for signs in itertools.product((1.0, -1.0), repeat=count - 1):
+                worst = max(worst, float(np.linalg.norm(np.array([1.0, *signs]) @ columns[list(rounds)])))
+    assert sensitivity(column, separation, min(most, -(-n // separation))) == pytest.approx(worst)
 
 
 @pytest.mark.parametrize("most", [None, 2])
