@@ -9,12 +9,16 @@ import json
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from client.policy import SiteRules
 from fedlearn.cli import main
 from fedlearn.cli.demo import split_by_hospital
+from fedlearn.privacy.study import plan_of
+from fedlearn.study import parse_study
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)```", re.DOTALL)
@@ -110,6 +114,23 @@ def test_the_commands_of_a_day_of_simulating(capsys, folder):
     """But for the sweep, which tests/e2e/test_sweep.py runs."""
     assert run_blocks(capsys, blocks(ROOT / "docs" / "simulating.md", "console")) == 6
     assert json.loads((folder / "runs" / "profile" / "profile.json").read_text())["clients"] == 30
+
+
+def test_the_commands_of_privacy(capsys, folder):
+    """But for those that need a site, which tests/e2e/test_private_federation.py runs."""
+    assert run_blocks(capsys, blocks(ROOT / "docs" / "privacy.md", "console")) == 4
+    manifest = json.loads((folder / "runs" / "private" / "manifest.json").read_text())
+    assert manifest["privacy"]["epsilon"] == "not private"
+    assert (folder / "runs" / "price" / "sweep.json").is_file()
+
+
+@pytest.mark.parametrize("study", blocks(ROOT / "docs" / "privacy.md", "toml"))
+def test_the_tables_of_privacy_are_valid(study):
+    if "budgets" in study:
+        assert SiteRules.model_validate(tomllib.loads(study)).budgets.record is not None
+    else:
+        body = f'name = "x"\nrounds = 10\n[task]\nname = "hospital/heart"\n{study}'
+        assert plan_of(parse_study(body)) is not None
 
 
 @pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)

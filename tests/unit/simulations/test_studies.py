@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from fedlearn.data.population import build_population
+from fedlearn.privacy.accounting import account
+from fedlearn.privacy.study import plan_of
 from fedlearn.study import load_study
-from fedlearn.tasks import load_task
+from fedlearn.tasks import load_task, task_of
 
 FOLDER = Path(__file__).resolve().parents[3] / "simulations"
 STUDIES = sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -29,6 +31,18 @@ def test_a_study_is_read_described_and_finds_its_clients(name):
     client = population.client(population.client_ids[0])
     assert len(client.train) > 0
     assert len(client.test) > 0
+
+
+@pytest.mark.parametrize("name", ["heart", "digits", "fraud", "keyboard", "fashion"])
+def test_a_private_study_is_read_and_its_plan_keeps_to_its_budget(name):
+    study = load_study(FOLDER / "privacy" / f"{name}.toml")
+    assert study.name == f"{name}-private"
+    plan = plan_of(study)
+    assert plan is not None
+    assert study.privacy is not None
+    assert study.privacy.epsilon is not None
+    assert account(plan.whole_cost(), plan.delta).reported.epsilon <= study.privacy.epsilon
+    task_of(study)  # refused where it cannot protect such units
 
 
 @pytest.mark.parametrize(
