@@ -36,7 +36,7 @@ APP: Final = "0" * 64
 RUN_NUMBER: Final = 2**62
 PAYLOAD: Final = 2**63
 FACTS: Final = {"loss": 1.0, "steps": 1.0}
-"""What every client says of its training, in names; numbers have one size."""
+"""What every client says of its training without a privacy plan, in names; numbers have one size."""
 
 Specs = Mapping[str, Spec]
 
@@ -73,6 +73,8 @@ class Traffic:
 
     def up(self, work: Work, clients: Sequence[str], examples: IntArray) -> IntArray:
         """Bytes from each client, which has so many examples: its update, and the acknowledgement of its request."""
+        if self.study.privacy is not None:  # an update says nothing of them
+            examples = np.ones_like(examples)
         weigh = cache(lambda node, count: self._update(work.round, node, count))
         sizes = [
             weigh(_number_like(flower.node_id_of(client)), _number_like(count, signed=True))
@@ -89,7 +91,8 @@ class Traffic:
         return self._frames(message, (self.model, self.shared), "") + _ack()
 
     def _update(self, round_number: int, node: int, examples: int) -> int:
-        content = messages.encode_update(Update({}, examples=examples, facts=FACTS))
+        facts = FACTS if self.study.privacy is None else {}
+        content = messages.encode_update(Update({}, examples=examples, facts=facts))
         for release in self.strategy.releases:
             content[messages.PRIVATE + release.name] = _hollow(self.model)
         request = _message(RecordDict(), node, round_number)

@@ -151,9 +151,17 @@ class EnvironmentBackend:
         sizes = self._sizes(clients)
         return Loads(
             self._traffic.down(work, clients),
-            examples_processed(self._study.train, sizes) * self._passes,
+            self._examples(sizes),
             self._traffic.up(work, clients, sizes),
         )
+
+    def _examples(self, sizes: IntArray) -> IntArray:
+        """How many examples clients of these sizes go through. The pass that DP-SGD makes draws its own batches: as many are expected."""
+        each, table = examples_processed(self._study.train, sizes), self._study.privacy
+        if table is None or table.unit == "client":
+            return each * self._passes
+        drawn: IntArray = np.rint(sizes * (table.sampling_rate * table.steps)).astype(np.int64)
+        return drawn + each * (self._passes - 1)
 
     def _sizes(self, clients: tuple[str, ...]) -> IntArray:
         try:

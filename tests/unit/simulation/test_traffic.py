@@ -24,6 +24,7 @@ from fedlearn.simulation import traffic
 from fedlearn.simulation.traffic import Traffic
 from server.rounds import GridBackend
 from tests.support.link_net import link_net
+from tests.support.private_plans import RECORD
 from tests.support.tiny_task import CLIENTS, TinyTask, tiny_study
 
 RUN = 0xF123456789ABCDEF >> 1
@@ -65,8 +66,8 @@ def work_of(study, strategy, round_, base=None) -> Work:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("strategy.name=scaffold",), ("task.options.hidden=40000",)],
-    ids=["fedavg", "scaffold", "several chunks"],
+    [(), ("strategy.name=scaffold",), ("task.options.hidden=40000",), (*RECORD, "privacy.seeded=true")],
+    ids=["fedavg", "scaffold", "several chunks", "private records"],
 )
 def test_a_round_weighs_what_the_link_sends(overrides, tmp_path, monkeypatch):
     study = tiny_study(*overrides, "runtime.deadline_s=20.0")

@@ -207,6 +207,16 @@ def test_a_strategy_that_trains_twice_takes_twice_as_long():
     assert seconds[1] / seconds[0] == pytest.approx(2, rel=1e-3)
 
 
+@pytest.mark.parametrize(("strategy", "passes"), [("fedavg", 0), ("ditto", 1)])
+def test_under_dp_sgd_its_own_batches_take_the_time(strategy, passes):
+    """A fifth of the rows in each of twenty steps are four times all rows; Ditto's personal pass goes through them once more."""
+    slow = (*CLIENTS, "data.folds=1", f"strategy.name={strategy}", "environment.devices={d = {examples_per_s = 1e-3}}")
+    plan = ("privacy.unit=record", "privacy.noise_multiplier=1.0", "privacy.delta=1e-3")
+    private = tiny_study(*slow, *plan, "privacy.sampling_rate=0.2", "privacy.steps=20")
+    seconds = [world(study)[0].run().history[0]["virtual_seconds"] for study in (private, tiny_study(*slow))]
+    assert seconds[0] / seconds[1] == pytest.approx((4 + passes) / (1 + passes), rel=1e-3)
+
+
 def test_an_evaluation_asks_anybody_and_costs_nothing():
     rare = ("environment.availability={kind = 'bernoulli', chance = 0.1}", "cohort.minimum=1", "rounds=1")
     study = tiny_study(*CLIENTS, *rare, "evaluate.clients=18")
