@@ -69,6 +69,12 @@ class FtrlRun:
         for _, data in journal.scan(record_key(_ASKED, run, "")):
             client, count, last = json.loads(data)
             self._asked[client] = count, last
+        over = any(last == plan.rounds for _, last in self._asked.values())
+        if self._begun and seed is None and self._key is None and not over:
+            raise StateError(
+                f"run {run}: the key of its noise is not in the journal",
+                hint="restore the coordinator's folder, or start a new run: other noise would be no part of this one's plan",
+            )
         self._noise: CorrelatedNoise | None = None
         self._made: tuple[int, FloatArray] = (0, np.zeros(0))
 
@@ -172,10 +178,6 @@ class FtrlRun:
     def _chance_of(self, round_number: int) -> Chance:
         if self._seed is not None:
             return seeded_chance(self._seed, "ftrl", round_number)
-        if self._key is None:
-            raise StateError(
-                f"run {self._run}: the key of its noise is not in the journal",
-                hint="restore the coordinator's folder, or start a new run: other noise would be no part of this one's plan",
-            )
+        assert self._key is not None, "it is there from the first round to the last"
         message = _DOMAIN + b"/%d/" % round_number + self._run.encode()
         return Chance(hmac.digest(self._key, message, hashlib.sha256), private=True)
