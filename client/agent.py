@@ -59,7 +59,7 @@ def join(options: AgentOptions) -> int:
     with FolderLock(options.state_dir, "an agent"):
         journal = SqliteJournal(options.state_dir / "releases")
         try:
-            with _accounts(options, bundle, rules) as accounts:
+            with open_accounts(options, bundle, rules) as accounts:
                 charger = CostCharger({}) if accounts is None else EpsilonCharger(rules.accounts())
                 book = None if accounts is None else accounts.ledger
                 gate = SiteGate(journal, charger, SitePolicy(max_voids_per_run=rules.max_voids_per_run), book)
@@ -68,10 +68,14 @@ def join(options: AgentOptions) -> int:
             journal.close()
 
 
-def _accounts(
+def open_accounts(
     options: AgentOptions, bundle: TlsBundle, rules: SiteRules
 ) -> contextlib.AbstractContextManager[Accounts | None]:
-    """The ledger of the site's data; None where the policy has no budget."""
+    """The ledger of the site's data; None where the policy has no budget.
+
+    Raises:
+        StateError: see `LedgerFolder`.
+    """
     if not rules.budgets.units:
         if (options.state_dir / LEDGERS).exists():
             log.warning(
