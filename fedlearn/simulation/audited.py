@@ -81,7 +81,7 @@ def nobody_dropped(emit: events.Emit) -> events.Emit:
 
 
 def bare(study: Study, plan: PrivacyPlan, cohort: CohortTable | None = None) -> Study:
-    """A study with the noise of its plan and nothing that only costs time: no evaluations; no masks, under which the sum is the same.
+    """A study with the noise of its plan and nothing that only costs time: no evaluations, no dropouts; no masks, under which the sum is the same.
 
     Args:
         study: asks for privacy.
@@ -96,6 +96,7 @@ def bare(study: Study, plan: PrivacyPlan, cohort: CohortTable | None = None) -> 
             "cohort": CohortTable() if cohort is None else cohort,
             "evaluate": EvaluateTable(every=0),
             "secure_aggregation": SecureAggregationTable(),
+            "environment": None,
         }
     )
 
