@@ -255,8 +255,30 @@ class Task(ABC):
 
 def prepares_apart(task: Task) -> bool:
     """Whether the class that defines the task's `prepare` promises that each row is treated by itself."""
-    owner = next(one for one in type(task).__mro__ if "prepare" in vars(one))
-    return bool(vars(owner).get("prepares_rows", False))
+    return bool(vars(_definer(task, "prepare")).get("prepares_rows", False))
+
+
+def for_units_of(task: Task, group: str) -> Task:
+    """`Task.for_units`, where it was written for the task's own `load` and `prepare`.
+
+    Raises:
+        UnsupportedError: a class below the one that answers reads or prepares in a way that the answer does not know of; or as `for_units`.
+        StudyError: likewise.
+    """
+    answers = _definer(task, "for_units")
+    if answers is not Task:
+        for name in ("load", "prepare"):
+            if not issubclass(answers, other := _definer(task, name)):
+                raise UnsupportedError(
+                    f"task {task.name!r}: {other.__name__} has its own {name}, and for_units is {answers.__name__}'s, which knows nothing of it",
+                    hint="override for_units beside it: it promises that one unit changes nothing of the others' rows",
+                )
+    return task.for_units(group)
+
+
+def _definer(task: Task, name: str) -> type:
+    """The class that a method of the task comes from."""
+    return next(one for one in type(task).__mro__ if name in vars(one))
 
 
 def _size_bytes(data: ClientData) -> int:

@@ -151,7 +151,9 @@ def task_for(study: Study, task: Task) -> Task:
     """
     if study.privacy is None or not protects_rows(study):
         return task
-    return task.for_units(study.privacy.group)
+    from fedlearn.learning.task import for_units_of
+
+    return for_units_of(task, study.privacy.group)
 
 
 def with_clip(shared: Arrays, clip_l2: float | None) -> dict[str, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from fedlearn.privacy.steps import NoisySteps
 from fedlearn.privacy.study import plan_of
 from fedlearn.study import Study, parse_study
 from fedlearn.tasks import task_of
+from fedlearn.tasks.heart import HeartTask
 from tests.support.memory_grid import MemoryGrid, nodes_of
 from tests.support.runs import run_server_app
 from tests.support.tiny_task import tiny_study
@@ -201,6 +203,28 @@ def test_a_promise_of_rows_one_by_one_is_enough_for_records():
     ):
         assert task_of(study_of("", RECORD, name, "")) is not None
     assert plan_of(tiny_study("privacy.unit=record", "privacy.noise_multiplier=1.0", "privacy.delta=1e-3")) is not None
+
+
+class OtherPreparation(HeartTask):
+    """Inherits an answer that was given for another prepare."""
+
+    name: ClassVar[str] = "tests.unit.privacy.test_groups:OtherPreparation"
+
+    def prepare(self, train, test):
+        return super().prepare(train, test)
+
+
+class OwnAnswer(OtherPreparation):
+    name: ClassVar[str] = "tests.unit.privacy.test_groups:OwnAnswer"
+
+    def for_units(self, group=""):
+        return super().for_units(group)
+
+
+def test_a_promise_is_of_the_class_that_reads_and_prepares():
+    with pytest.raises(UnsupportedError, match="OtherPreparation has its own prepare, and for_units is HeartTask's"):
+        task_of(study_of("", RECORD, OtherPreparation.name, ""))
+    assert task_of(study_of("", RECORD, OwnAnswer.name, "")).imputation == "public"
 
 
 def test_without_a_plan_tasks_are_as_they_were(path):
