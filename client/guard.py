@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from fedlearn.release.charge import Charge
 from fedlearn.study import Study, study_from_json
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from flwr.app import RecordDict
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fedlearn.learning.strategy import Strategy
 
 log = logging.getLogger("fedlearn.client")
+T = TypeVar("T")
 
 FACTS: Final = "facts"
 """The record of an update that is empty under a plan."""
@@ -128,7 +129,7 @@ class Guard:
         held = {r.name: s for r, s in release_specs(self.strategy, specs_of(asked.model), counted=counted).items()}
         if set(reply) != {messages.RECORD, FACTS, *(messages.PRIVATE + name for name in held)}:
             raise _broken("it holds other records than the strategy's releases")
-        update = messages.decode_update(reply)
+        update = _read(messages.decode_update, reply)
         if set(reply.config_records[messages.RECORD]) != {"format", "examples"} or update.examples != 1:
             raise _broken("it says how many examples are behind it")
         if update.facts:
@@ -153,7 +154,7 @@ class Guard:
         """
         if set(reply) != {messages.RECORD, "metrics", "cells"}:
             raise _broken("it holds other records than noisy sums")
-        scored = messages.decode_scores("", reply)
+        scored = _read(partial(messages.decode_scores, ""), reply)
         if set(reply.config_records[messages.RECORD]) != {"format", "examples"} or scored.examples or scored.metrics:
             raise _broken("it says more than noisy sums")
         if not np.isfinite(scored.cells).all():
@@ -180,7 +181,7 @@ class Guard:
         Raises:
             PolicyRefusedError: the worker names somebody else.
         """
-        if messages.decode_description(reply) != client:
+        if _read(messages.decode_description, reply) != client:
             raise _broken("its description names another client")
         return messages.encode_description(client, {})
 
@@ -209,6 +210,15 @@ def guard_of(study_text: str, account: str) -> Guard | None:
     strategy = app_of(__file__).strategy(study.strategy.name, study.strategy.options)
     check_combination(study, strategy)
     return Guard(study, plan, strategy, account)
+
+
+def _read(decode: Callable[[RecordDict], T], reply: RecordDict) -> T:
+    """What the worker answered. Its own words, which an error would repeat, stay here."""
+    try:
+        return decode(reply)
+    except FedlearnError as error:
+        log.error("the worker's answer: %s", error)  # noqa: TRY400  # a foreseen error has no traceback
+        raise _broken("it cannot be read") from None
 
 
 def _broken(what: str) -> PolicyRefusedError:

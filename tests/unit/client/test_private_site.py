@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from client import records
@@ -214,6 +215,11 @@ BREACHES = {
     "another array": (arrays(rows=np.zeros(303, np.float32)), "shaped"),
     "another shape": (arrays(b=np.zeros(303, np.float32)), "shaped"),
     "another type": (arrays(b=np.zeros(2, np.float64)), "shaped"),
+    "a count in words": (changed(lambda c: c["fedlearn"].update(examples="303")), "cannot be read"),
+    "another format": (
+        changed(lambda c: c["private.delta"].update(b=FlowerArray("303", (2,), "303", b"303"))),
+        "cannot be read",
+    ),
     "nan": (arrays(b=np.array([0, np.nan], np.float32)), "finite"),
     "infinite": (arrays(b=np.array([0, np.inf], np.float32)), "finite"),
 }
