@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from fedlearn.arrays import Arrays
     from fedlearn.learning.federation import Federation, Outcome
-    from fedlearn.learning.masked import SecureRounds
     from fedlearn.learning.runtime import RunRuntime
+    from fedlearn.learning.secure_sum import SecureRounds
     from fedlearn.learning.strategy import Strategy
     from fedlearn.learning.task import Task
     from fedlearn.release.journal import Journal

@@ -40,7 +40,7 @@ from fedlearn.release.round import Failed as RunOver
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
-    from fedlearn.learning.masked import SecureRounds, SecureSum
+    from fedlearn.learning.secure_sum import SecureRounds, SecureSum
     from fedlearn.privacy.central import CentralPlan
     from fedlearn.release.journal import Journal
     from fedlearn.study import Study

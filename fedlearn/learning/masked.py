@@ -9,157 +9,33 @@ before the first masked vector is taken, so a coordinator that comes back goes o
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from fedlearn.arrays import specs_of
-from fedlearn.errors import LocalProtocolError, RemoteProtocolError
+from fedlearn.errors import RemoteProtocolError, UnsupportedError
 from fedlearn.learning.backend import Exchange, Failed, MaskedBackend, Said, Work
+from fedlearn.learning.secure_sum import MaskedSum, SecureRounds, SecureSum
 from fedlearn.learning.vectors import Vectors, subject_of
-from fedlearn.release.keys import AttemptId, ReleaseKey, record_key
+from fedlearn.release.keys import AttemptId, record_key
 from fedlearn.release.round import Rejected, RoundState
-from fedlearn.secagg.breach import Breach, SecureAggregationError
 from fedlearn.secagg.enrolment import Enrolment, Entry, entries_from_bytes, entries_to_bytes, identities_of
-from fedlearn.secagg.hooks import MaskedAttempt, from_client, record_of, restore
+from fedlearn.secagg.graph import COMPLETE_LIMIT
+from fedlearn.secagg.hooks import from_client, record_of, restore
 from fedlearn.secagg.messages import FromServer, to_bytes
 from fedlearn.secagg.plan import Terms
 from fedlearn.secagg.server import ServerRound
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from fedlearn.arrays import Arrays
     from fedlearn.learning.strategy import Strategy
-    from fedlearn.learning.update import Aggregate
     from fedlearn.release.coordinator import RoundMachine
     from fedlearn.release.journal import Journal
-    from fedlearn.secagg.quantize import Decoded
     from fedlearn.study import Study
 
 KEYS_S: Final = 60.0
 """How long an exchange of keys or shares waits: they are answered at once, by whoever is there."""
-
-
-class SecureSum(Protocol):
-    """The sum of one attempt: the round machine's accumulator and its masking in one, and what is read of it in the end."""
-
-    def add(self, client: str, payload: bytes, /) -> None: ...
-    def requests(self, key: ReleaseKey, roster: tuple[str, ...], survivors: tuple[str, ...]) -> Mapping[str, bytes]: ...
-    def answer(self, client: str, answer: bytes) -> None: ...
-    def ready(self) -> bool: ...
-    def unmask(self, total: SecureSum, /) -> None: ...
-
-    @property
-    def clients(self) -> int:
-        """How many vectors are in it."""
-        ...
-
-    @property
-    def decoded(self) -> Decoded:
-        """The open sum."""
-        ...
-
-
-class SecureRounds(ABC):
-    """What a federation does with masked updates in place of plain ones.
-
-    Args:
-        vectors: of the study.
-    """
-
-    def __init__(self, vectors: Vectors) -> None:
-        self.vectors: Final = vectors
-
-    @abstractmethod
-    def new_sum(self) -> SecureSum:
-        """An empty sum for the next attempt; the one before is forgotten."""
-
-    @abstractmethod
-    def train(self, machine: RoundMachine[bytes, SecureSum], work: Work) -> Iterator[Said | Failed]:
-        """Vectors, for the machine to take; or the attempt is void."""
-
-    def open(self, machine: RoundMachine[bytes, SecureSum], work: Work) -> None:  # noqa: B027  # nothing to do without masks
-        """Bring a machine whose survivors stand to the sum; or the attempt is void."""
-
-    def opened(self, sum_: SecureSum, shared: Arrays) -> OpenSum:
-        """What can be read of the machine's sum, given what was broadcast beside the model."""
-        return OpenSum(self.vectors, sum_, self.vectors.unit_in(shared))
-
-
-class OpenSum:
-    """A secure sum that is open: what is read of it as of a `SumCollector`.
-
-    Args:
-        vectors: of the study.
-        sum_: the machine's.
-        unit: what a client-level plan's updates are measured in, the round's clip; 1 without one.
-    """
-
-    def __init__(self, vectors: Vectors, sum_: SecureSum, unit: float = 1.0) -> None:
-        self._vectors, self._sum, self._unit = vectors, sum_, unit
-
-    @property
-    def clients(self) -> int:
-        """How many updates are in it."""
-        return self._sum.clients
-
-    def totals(self) -> Mapping[str, Mapping[str, npt.NDArray[np.float64]]]:
-        """The exact sum of what the clients encoded, by release."""
-        return self._vectors.totals(self._sum.decoded, unit=self._unit)
-
-    def aggregate(self, population: int) -> Aggregate:
-        """The weighted means.
-
-        Raises:
-            UpdateError: it cannot be a sum of encoded updates.
-        """
-        return self._vectors.aggregate(self._sum.decoded, self._sum.clients, population)
-
-
-class MaskedSum:
-    """The sum of one attempt; usable once the attempt's keys are there."""
-
-    def __init__(self) -> None:
-        self._attempt: MaskedAttempt | None = None
-
-    def attach(self, server: ServerRound) -> None:
-        """The keys are there: from now on `server` takes masked vectors."""
-        self._attempt = MaskedAttempt(server)
-
-    def add(self, client: str, payload: bytes) -> None:
-        self._here.add(client, payload)
-
-    def requests(self, key: ReleaseKey, roster: tuple[str, ...], survivors: tuple[str, ...]) -> Mapping[str, bytes]:
-        if self._attempt is None:
-            raise SecureAggregationError(Breach.BELOW_THRESHOLD, "no client shared keys")
-        return self._attempt.requests(key, roster, survivors)
-
-    def answer(self, client: str, answer: bytes) -> None:
-        self._here.answer(client, answer)
-
-    def ready(self) -> bool:
-        return self._here.ready()
-
-    def unmask(self, total: SecureSum) -> None:
-        assert total is self
-        self._here.unmask(self._here)
-
-    @property
-    def clients(self) -> int:
-        return self._here.clients
-
-    @property
-    def decoded(self) -> Decoded:
-        return self._here.total
-
-    @property
-    def _here(self) -> MaskedAttempt:
-        if self._attempt is None:
-            raise LocalProtocolError("secure aggregation: the attempt has no keys yet")
-        return self._attempt
 
 
 class MaskedRounds(SecureRounds):
@@ -205,6 +81,11 @@ class MaskedRounds(SecureRounds):
 
     def train(self, machine: RoundMachine[bytes, SecureSum], work: Work) -> Iterator[Said | Failed]:
         at = AttemptId(work.round, work.attempt)
+        if len(work.cohort) > COMPLETE_LIMIT:
+            raise UnsupportedError(
+                f"secure aggregation: a round of {len(work.cohort)} clients, at most {COMPLETE_LIMIT} can be masked outside simulations",
+                hint="set cohort.size; beyond, the survivors would have to be agreed upon in a further exchange",
+            )
         try:
             told = self._again(at, work)
             if told is None:

@@ -26,7 +26,7 @@ from fedlearn.privacy.study import chance_for, clip_in, is_seeded, plan_of
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.learning.collect import SumCollector
-    from fedlearn.learning.masked import OpenSum
+    from fedlearn.learning.secure_sum import OpenSum
     from fedlearn.release.journal import Changes, Journal
     from fedlearn.release.keys import AttemptId
     from fedlearn.study import Study

@@ -14,7 +14,8 @@ import numpy as np
 from fedlearn.arrays import specs_of
 from fedlearn.errors import FedlearnError, UnsupportedError
 from fedlearn.learning.backend import Backend, Exchange, Failed, Fitted, Said, Scored, Summed, Work, raised
-from fedlearn.learning.masked import MaskedRounds, SecureRounds, SecureSum
+from fedlearn.learning.masked import MaskedRounds
+from fedlearn.learning.secure_sum import SecureRounds, SecureSum
 from fedlearn.learning.vectors import SUITE, Vectors, rounding_key, subject_of
 from fedlearn.release.keys import AttemptId, ReleaseKey
 from fedlearn.secagg import checks

@@ -173,6 +173,19 @@ def test_flower_ends_with_the_simulations_bytes(flower: Flower):
     assert "rehearsal" in json.loads((folders[0].path / "manifest.json").read_text())["runtime"]
 
 
+@pytest.mark.timeout(280)
+def test_masked_rounds_on_flower_end_with_the_simulations_bytes(flower: Flower):
+    """Each exchange finds other processes: a node's keys are in its state between them."""
+    overrides = "rounds=2 evaluate.every=0 secure_aggregation.enabled=true"
+    config = f'overrides="{overrides}" out="{flower.folder / "masked"}"'
+    command = flower.flwr("run", ".", "--stream", "--run-config", config)
+    assert command.wait(250) == 0, command.output
+    assert command.output.count('"event":"RoundFinished"') == 2, f"{command.output}\n{flower.superlink.output}"
+    assert '"event":"ClientDropped"' not in command.output
+    expected = fedlearn.simulate(ROOT / "simulations" / "heart.toml", overrides=overrides.split())
+    assert digest(RunFolder(flower.folder / "masked").weights()) == digest(expected.weights)
+
+
 def test_the_app_ran_from_its_bundle(flower: Flower):
     """What ran was the bundle's copy of the app folders, and the package beside it was the installed one."""
     bundles = list((flower.folder / "home" / ".flwr" / "apps").glob("fedlearn.fedlearn.*/server/app.py"))

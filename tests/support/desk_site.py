@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from flwr.app import Message
 
+from client.accounts import Accounts
 from client.agent import site_masking
 from client.app import app as client_app
 from client.flower_masks import BY_AGENT
@@ -19,8 +20,10 @@ from fedlearn.app import load_app
 from fedlearn.learning.backend import Exchange
 from fedlearn.learning.messages import decode_facts
 from fedlearn.link import TlsBundle
-from fedlearn.release.charge import CostCharger
+from fedlearn.privacy.budget import EpsilonCharger
+from fedlearn.release.charge import Charger, CostCharger
 from fedlearn.release.journal import MemoryDisk, MemoryJournal
+from fedlearn.release.records import Release
 from fedlearn.release.site import SiteGate
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -43,17 +46,26 @@ class DeskSites:
 
     Args:
         tasks: that they take part in.
+        rules: their policy, in place of the tasks alone.
+        accounts_of: makes a site's ledger; without it nothing is charged.
 
     Attributes:
         meets: told of each request before it is answered: `meets(site, exchange, round, attempt)`. Raises to lose it.
         replies: every reply that left, by site and exchange.
     """
 
-    def __init__(self, *tasks: str) -> None:
-        self._tasks = tasks
+    def __init__(
+        self,
+        *tasks: str,
+        rules: SiteRules | None = None,
+        accounts_of: Callable[[str], Accounts] | None = None,
+    ) -> None:
+        self._rules = rules if rules is not None else SiteRules(tasks=tasks)
+        self._accounts_of, self._accounts = accounts_of, dict[str, Accounts]()
         self.meets: Callable[[str, Exchange, int, int], None] = lambda *_asked: None
         self._disks: dict[str, MemoryDisk] = {}
         self._sites: dict[str, Site] = {}
+        self._gates: dict[str, SiteGate] = {}
         self._bundles: dict[str, TlsBundle] = {}
         self.replies: list[tuple[str, Exchange, Message]] = []
 
@@ -75,7 +87,23 @@ class DeskSites:
     def kill(self, name: str) -> None:
         """kill -9 and a restart."""
         app = load_app()
-        rules = SiteRules(tasks=self._tasks)
-        gate = SiteGate(MemoryJournal(self._disks[name]), CostCharger({}))
+        charger: Charger = CostCharger({})
+        if self._accounts_of is not None:
+            if name in self._accounts:
+                self._accounts.pop(name).__exit__(None, None, None)
+            self._accounts[name] = self._accounts_of(name).__enter__()
+            charger = EpsilonCharger(self._rules.accounts())
+        accounts = self._accounts.get(name)
+        book = None if accounts is None else accounts.ledger
+        gate = self._gates[name] = SiteGate(MemoryJournal(self._disks[name]), charger, None, book)
         config = {"client-id": name, "device": "cpu", BY_AGENT: True}
-        self._sites[name] = Site(Desk(), rules, gate, config, None, site_masking(self._bundles[name], app))
+        self._sites[name] = Site(Desk(), self._rules, gate, config, accounts, site_masking(self._bundles[name], app))
+
+    def releases(self, name: str) -> list[Release]:
+        """What a site's gate has committed."""
+        return list(self._gates[name].releases())
+
+    def close(self) -> None:
+        """Close every ledger."""
+        for accounts in self._accounts.values():
+            accounts.__exit__(None, None, None)

@@ -1,0 +1,74 @@
+"""Record-level privacy and secure aggregation together over the link: each site charges its ledger, and its noisy update leaves under masks alone."""
+
+from __future__ import annotations
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+import fedlearn
+from client.accounts import Accounts, ledger_folder
+from client.policy import load_rules
+from fedlearn import events
+from fedlearn.arrays import digest
+from fedlearn.learning.backend import Exchange
+from fedlearn.learning.messages import MASKED
+from fedlearn.release.keys import TRAIN, UNMASK
+from tests.e2e.test_secure_aggregation import Net
+from tests.support.desk_site import DeskSites
+from tests.support.link_net import link_net
+from tests.support.tiny_task import CLIENTS, NAME, tiny_study
+
+BUDGET = "[budgets.record]\nepsilon = 200.0\ndelta = 1e-4\n"
+PRIVATE = '{unit="record", noise_multiplier=1.0, delta=0.001, clip_l2=0.3, steps=2, seeded=SEEDED}'
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("private")
+    policy = folder / "policy.toml"
+    policy.write_text(f'tasks = ["{NAME}"]\ndataset = "tiny"\nseeded = true\nsecure_aggregation = true\n{BUDGET}')
+    rules = load_rules(policy)
+
+    def accounts(name):
+        key = Ed25519PrivateKey.from_private_bytes(name.encode().ljust(32, b"."))
+        return Accounts(ledger_folder(folder / name, "tiny"), name, "tiny", key, rules.accounts())
+
+    sites = DeskSites(NAME, rules=rules, accounts_of=accounts)
+    with link_net(folder, CLIENTS, handler_of=sites.handler) as link:
+        yield Net(link, sites)
+    sites.close()
+
+
+def study_of(*, seeded):
+    private = PRIVATE.replace("SEEDED", str(seeded).lower())
+    return tiny_study(
+        f"privacy={private}",
+        "secure_aggregation.enabled=true",
+        "secure_aggregation.max_clients=4",
+        "evaluate.every=0",
+        "runtime.deadline_s=20.0",
+    )
+
+
+def test_a_rehearsal_ends_with_the_simulations_bytes(net):
+    run = net.run(study_of(seeded=True))
+    assert not run.of(events.ClientDropped)
+    assert digest(run.model) == digest(fedlearn.simulate(study_of(seeded=True)).weights)
+
+
+def test_in_earnest_every_masked_update_is_charged_and_nothing_else_is(net):
+    net.sites.replies.clear()
+    run = net.run(study_of(seeded=False))
+    assert not run.of(events.ClientDropped)
+    assert [event.clients for event in run.of(events.RoundFinished)] == [4, 4, 4]
+    sent = [set(reply.content) for _, exchange, reply in net.sites.replies if exchange is Exchange.TRAIN]
+    assert all(MASKED in names and not any(name.startswith("private.") for name in names) for names in sent)
+    for name in CLIENTS:
+        releases = [r for r in net.sites.releases(name) if r.key.run == run.of(events.RunStarted)[0].run]
+        charged = {r.key.exchange for r in releases if r.charge is not None}
+        assert charged == {TRAIN}
+        assert sum(r.key.exchange == TRAIN for r in releases) == 3
+        assert {r.charge.account for r in releases if r.charge is not None} == {"tiny/record"}
+        assert all(r.charge is None for r in releases if r.key.exchange == UNMASK)
