@@ -82,7 +82,7 @@ def plan(
     from fedlearn.learning.combine import check_combination
     from fedlearn.privacy.accounting import account
     from fedlearn.privacy.plan import claims
-    from fedlearn.privacy.statement import lines, statement
+    from fedlearn.privacy.statement import lines, statement, unamplified
     from fedlearn.privacy.study import plan_of
     from fedlearn.privacy.what_if import alternatives, curve, draw, rounds_shown, shares
     from fedlearn.study import load_study
@@ -117,11 +117,16 @@ def plan(
                 f"{plot}: cannot be written: {error}", hint="name a .png file in a folder that exists"
             ) from None
     seeded = asked.privacy.seeded
-    answer, said = account(made.whole_cost(), made.delta, prv=prv), statement(made, seeded=seeded)
+    answer, said = (
+        account(made.whole_cost(), made.delta, prv=prv),
+        statement(made, seeded=seeded, masked=asked.secure_aggregation.enabled),
+    )
     notice = ON_PAPER if given else ENFORCED
     points, others, parts = curve(made, rounds_shown(made.rounds)), alternatives(made), shares(made)
     if json:
-        promised = claims(made, answer.reported.epsilon, answer.reported.accountant, seeded=seeded)
+        best, masked = answer.reported, asked.secure_aggregation.enabled
+        without = unamplified(made, made.rounds, best.epsilon) if masked else None
+        promised = claims(made, best.epsilon, best.accountant, seeded=seeded, masked=without)
         print_json(
             {
                 "enforced": not given,

@@ -393,9 +393,13 @@ ZERO_OUT: Final = (
     "run is spent with its first round"
 )
 SERVER_SEES_ALL: Final = "the server adds the noise, so it sees every update as it is"
+SITES_KNOW: Final = "sites that mask together know who takes part in a round, so nothing is gained by sampling"
+SERVER_SEES_SUM: Final = "the server adds the noise, so it sees each round's exact sum; single updates are masked"
 
 
-def claims(plan: PrivacyPlan, epsilon: float, accountant: str, *, seeded: bool) -> tuple[Claim, ...]:
+def claims(
+    plan: PrivacyPlan, epsilon: float, accountant: str, *, seeded: bool, masked: float | None = None
+) -> tuple[Claim, ...]:
     """What a plan promises against each adversary.
 
     Args:
@@ -403,13 +407,16 @@ def claims(plan: PrivacyPlan, epsilon: float, accountant: str, *, seeded: bool) 
         epsilon: of its cost.
         accountant: that computed it, with its version.
         seeded: whether the run derives its noise from the study's seed.
+        masked: under secure aggregation, epsilon without what sampling gains; None without masks.
     """
     found = []
     for adversary in Adversary:
         value: float | None = epsilon
         caveat = REAL_NUMBERS
         if plan.unit is Unit.CLIENT and adversary is Adversary.SERVER:
-            value, caveat = math.inf, SERVER_SEES_ALL
+            value, caveat = math.inf, SERVER_SEES_ALL if masked is None else SERVER_SEES_SUM
+        elif masked is not None and isinstance(plan.sampling, FixedCohort) and adversary is Adversary.OTHER_SITES:
+            value, caveat = masked, f"{SITES_KNOW}; {REAL_NUMBERS}"
         elif isinstance(plan.sampling, Spaced):
             caveat = f"{ZERO_OUT}; {caveat}"
         elif plan.unit is Unit.CLIENT and not isinstance(plan.sampling, Everyone):

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from fedlearn import events
+from fedlearn.privacy.events import Cost, Gaussian, Repeated
 from fedlearn.privacy.plan import (
     NOT_PRIVATE,
     AdaptiveClip,
@@ -55,7 +56,9 @@ def planned(study: Study, *, rehearsal: bool) -> dict[str, Any] | None:
         rehearsal: True in a simulation; see `fedlearn.privacy.study.is_seeded`.
     """
     plan = plan_of(study)
-    return None if plan is None else statement(plan, seeded=is_seeded(study, rehearsal=rehearsal))
+    if plan is None:
+        return None
+    return statement(plan, seeded=is_seeded(study, rehearsal=rehearsal), masked=study.secure_aggregation.enabled)
 
 
 def released(study: Study, *, committed: int, attempts: int, rehearsal: bool) -> dict[str, Any] | None:
@@ -72,17 +75,19 @@ def released(study: Study, *, committed: int, attempts: int, rehearsal: bool) ->
         return None
     # At client level only a committed round's noisy sum is released; a site's noisy updates leave with every attempt.
     rounds = committed if plan.unit is Unit.CLIENT else attempts
-    return statement(plan, seeded=is_seeded(study, rehearsal=rehearsal), rounds=rounds, committed=committed)
+    seeded, masked = is_seeded(study, rehearsal=rehearsal), study.secure_aggregation.enabled
+    return statement(plan, seeded=seeded, masked=masked, rounds=rounds, committed=committed)
 
 
 def statement(
-    plan: PrivacyPlan, *, seeded: bool, rounds: int | None = None, committed: int | None = None
+    plan: PrivacyPlan, *, seeded: bool, masked: bool = False, rounds: int | None = None, committed: int | None = None
 ) -> dict[str, Any]:
     """A plan's promise as plain JSON types: no number in it is infinite or missing.
 
     Args:
         plan: the plan.
         seeded: whether the run derives its noise from the study's seed.
+        masked: whether updates travel under secure aggregation.
         rounds: that were released; None states the plan.
         committed: of these, which evaluations follow; as many as `rounds` if not told.
 
@@ -99,6 +104,7 @@ def statement(
     evaluated = plan.evaluations(number if committed is None else committed)
     accounted = _account(plan, number if committed is None else committed, number)
     epsilon, accountant = accounted.reported.epsilon, accounted.reported.accountant
+    without_sampling = unamplified(plan, number, epsilon) if masked else None
     against = [
         {
             "adversary": claim.adversary.value,
@@ -107,8 +113,8 @@ def statement(
             "caveat": unseeded.caveat,
         }
         for claim, unseeded in zip(
-            claims(plan, epsilon, accountant, seeded=seeded),
-            claims(plan, epsilon, accountant, seeded=False),
+            claims(plan, epsilon, accountant, seeded=seeded, masked=without_sampling),
+            claims(plan, epsilon, accountant, seeded=False, masked=without_sampling),
             strict=True,
         )
     ]
@@ -244,6 +250,25 @@ def sampling_in_words(plan: PrivacyPlan) -> str:
                 "gained by sampling; the noise is correlated over the rounds (DP-FTRL), its multiplier relative to what one client moves in all"
             )
     return "every client each round: nothing is gained by sampling"
+
+
+def unamplified(plan: PrivacyPlan, rounds: int, epsilon: float) -> float:
+    """What a plan's rounds cost against one who knows who takes part in each: a client that is drawn every time.
+
+    Args:
+        plan: the plan.
+        rounds: how many.
+        epsilon: of the plan as it is, which is the answer where no cohort is drawn.
+    """
+    return _unamplified(plan, rounds) if isinstance(plan.sampling, FixedCohort) else epsilon
+
+
+@lru_cache(maxsize=64)
+def _unamplified(plan: PrivacyPlan, rounds: int) -> float:
+    from fedlearn.privacy.accounting import account
+
+    each = Gaussian(plan.noise_multiplier / 2)  # one client replaced moves the sum by twice the clip
+    return account(Cost(Repeated(each, rounds), plan.relation), plan.delta).reported.epsilon
 
 
 @lru_cache(maxsize=64)

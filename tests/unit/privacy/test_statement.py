@@ -11,6 +11,7 @@ from fedlearn.errors import RunFailedError
 from fedlearn.learning.backend import Failed
 from fedlearn.learning.strategy import ServerState
 from fedlearn.privacy.accounting import account
+from fedlearn.privacy.events import Cost, Gaussian, Repeated
 from fedlearn.privacy.plan import Everyone, FixedClip, FixedCohort, PoissonSampling, PrivacyPlan, Unit
 from fedlearn.privacy.statement import PLANNED, RELEASED, headline, lines, planned, statement
 from fedlearn.privacy.study import plan_of
@@ -88,6 +89,25 @@ def test_a_statement_goes_through_json_and_through_an_event_unchanged(plan, seed
     event, _ = events.from_json(events.to_json(events.PrivacyStated("run-1", found), 0.0))
     assert isinstance(event, events.PrivacyStated)
     assert list(lines(event.statement)) == list(lines(found))
+
+
+def test_sites_that_mask_together_know_who_takes_part_so_sampling_gains_nothing_against_them():
+    """Mistake 8 of a kind: an amplification against somebody to whom the draw is no secret."""
+    plan = PLANS["client, fixed cohort"]
+    plain, masked = (statement(plan, seeded=False, masked=masks) for masks in (False, True))
+    sites, server, reader = (
+        {one["adversary"]: one for one in masked["against"]}[who]
+        for who in ("other sites", "server", "reader of the model")
+    )
+    each = Cost(Repeated(Gaussian(plan.noise_multiplier / 2), plan.rounds), plan.relation)
+    assert sites["epsilon"] == account(each, plan.delta).reported.epsilon > 2 * plain["epsilon"]
+    assert "nothing is gained by sampling" in sites["caveat"]
+    assert reader["epsilon"] == plain["epsilon"] == masked["epsilon"]
+    assert server["epsilon"] == "infinite"
+    assert "exact sum" in server["caveat"]
+    for name in ("record", "client, everybody"):
+        found = statement(PLANS[name], seeded=False, masked=True)
+        assert {o["epsilon"] for o in found["against"]} - {"infinite"} == {found["epsilon"]}, "no draw was counted on"
 
 
 def test_no_privacy_no_statement():
