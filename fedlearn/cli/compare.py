@@ -34,7 +34,16 @@ def compare(
     runs = SideBySide.of([Run.read(one) for folder in folders for one in run_folders(folder)])
     save_plot(runs, plot, "")
     if json:
-        print_json({"metric": runs.metric, "along": runs.along, "groups": runs.table(), "plot": str(plot)})
+        privacy = list(runs.privacy)
+        print_json(
+            {
+                "metric": runs.metric,
+                "along": runs.along,
+                "groups": runs.table(),
+                "privacy": privacy,
+                "plot": str(plot),
+            }
+        )
         return 0
     print_groups(runs)
     print(f"\ncurves by {'virtual time' if runs.along != 'round' else 'round'} are in {plot}")

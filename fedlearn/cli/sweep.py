@@ -167,6 +167,7 @@ def _end(sweep: Sweep, base: Study, axes: list[Axis], json: bool) -> None:
         "metric": None if runs is None else runs.metric,
         "cells": [_cell(state, scores.get(str(state.folder))) for state in sweep.states],
         "groups": [] if runs is None else runs.table(),
+        "privacy": [] if runs is None else list(runs.privacy),
         "plot": None if runs is None else str(sweep.folder / PLOT),
     }
     RunFolder(sweep.folder).add(RESULT, report)
