@@ -33,8 +33,7 @@ FACTORS = (1.0, 0.5, 0.3, 0.1, 0.0)
 ONE = ("privacy.epsilon=1", "privacy.delta=1e-5")
 STUDIES = {
     "heart, records": ("simulations/heart.toml", "privacy.unit=record"),
-    "digits, records": ("simulations/digits.toml", "privacy.unit=record"),
-    "digits, clients, everybody": ("simulations/digits.toml", "privacy.unit=client"),
+    "heart, clients": ("simulations/heart.toml", "privacy.unit=client", "privacy.units=4", "rounds=5"),
 }
 
 

@@ -11,6 +11,7 @@ model_check.py whether a model can train under record-level privacy
 rewriting.py, layers.py   models that cannot, rewritten: `fedlearn.privacy.rewrite(model)`
 budget.py      a site's budgets, and the rule that stops a run
 ledger.py      the append-only record of what was spent
+audit.py, canaries.py, whitening.py, membership.py   attacks on the code that trains, and what they prove: `fedlearn audit`
 
 Import a name from its module: this package imports nothing, so that naming it loads neither scipy nor torch. `rewrite`, which people write into their
 tasks, is loaded when it is named.
