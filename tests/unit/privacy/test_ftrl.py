@@ -136,7 +136,14 @@ def test_correlated_noise_is_what_it_is_for():
 
 @pytest.mark.parametrize(
     ("rounds", "separation", "most", "gain"),
-    [(100, 10, 10, 2.2), (256, 256, 1, 3.5), (500, 25, 4, 3.0), (7, 3, 3, 1.2)],
+    [
+        (100, 10, 10, 2.2),
+        (200, 20, 10, 2.95),
+        (256, 256, 1, 3.5),
+        (500, 25, 4, 3.0),
+        (2_000, 100, 20, 6.55),
+        (7, 3, 3, 1.2),
+    ],
 )
 def test_a_fitted_matrix_is_as_good_as_bands_of_the_separation(rounds, separation, most, gain):
     blt = fitted(rounds, separation, most)
