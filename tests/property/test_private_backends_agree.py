@@ -114,6 +114,7 @@ def test_clients_without_rows(kind, strategy):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @given(
     kind=st.sampled_from(sorted(PLANS)),
     strategy=st.sampled_from(STRATEGIES),
@@ -123,6 +124,6 @@ def test_clients_without_rows(kind, strategy):
     block=st.integers(2, 9),
     workers=st.integers(2, 5),
 )
-@settings(RUNS, max_examples=150)
+@settings(RUNS, max_examples=60)
 def test_everything_at_length(kind, strategy, model, sizes, precision, block, workers):
     check(kind, strategy, model, precision, sizes, block=block, workers=workers)
