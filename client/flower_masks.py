@@ -19,6 +19,8 @@ from flwr.app import ConfigRecord
 from fedlearn.errors import RemoteProtocolError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange
+from fedlearn.learning.checkpoint import broadcast_digest
+from fedlearn.learning.strategy import ServerState
 from fedlearn.learning.vectors import SUITE, Vectors, masking_plan, rounding_key, subject_of
 from fedlearn.release.keys import AttemptId
 from fedlearn.secagg.breach import Breach, SecureAggregationError
@@ -110,9 +112,10 @@ class FlowerMasks:
         kept = self._need(request.run, at)
         if kept.delivery:
             raise SecureAggregationError(Breach.REPLAY, f"the update of {at} has left already")
+        subject = subject_of(self._study, broadcast_digest(ServerState(request.model, request.shared)))
         key = rounding_key(self._study, request.round, self._client)
         vector = vectors.encode(update, key, unit=vectors.unit_in(request.shared))
-        body = self._again(request.run, at, vectors.plan, kept).mask(at, request.body, vector)
+        body = self._again(request.run, at, vectors.plan, kept).mask(at, subject, request.body, vector)
         self._keep(request.run, at, replace(kept, delivery=request.body))
         entry = b""
         if request.round < self._study.rounds:
@@ -149,7 +152,7 @@ class FlowerMasks:
         session = self._fresh(run, kept)
         session.share(at, plan, kept.subject, kept.entries)
         if kept.delivery:
-            session.skip_masking(at, kept.delivery)
+            session.skip_masking(at, kept.subject, kept.delivery)
         return session
 
     def _fresh(self, run: str, kept: _Kept) -> MaskingSession:

@@ -100,8 +100,7 @@ class Masks:
         plan = masking_plan(self._study, request.length)
         if request.exchange is Exchange.CHECK_IN:
             return messages.encode_said(b"", session.check_in(at, plan))
-        subject = subject_of(self._study, request.model_digest)
-        return messages.encode_said(session.share(at, plan, subject, request.body))
+        return messages.encode_said(session.share(at, plan, self._subject(request), request.body))
 
     def expect(self, request: Request) -> None:
         """Take what the others sealed for this site, before it trains.
@@ -110,7 +109,7 @@ class Masks:
             SecureAggregationError: it is refused, or this site holds no keys of the attempt.
         """
         session, at = self._session(request)
-        session.expect(at, request.body)
+        session.expect(at, self._subject(request), request.body)
 
     def masked(self, request: Request, reply: RecordDict) -> RecordDict:
         """The update of a worker's reply under its masks.
@@ -132,7 +131,8 @@ class Masks:
         key = rounding_key(study, request.round, self._masking.client)
         vector = vectors.encode(messages.decode_update(reply), key, unit=vectors.unit_in(request.shared))
         session, at = self._session(request)
-        return messages.encode_said(session.mask(at, request.body, vector, threads=self._masking.threads))
+        body = session.mask(at, self._subject(request), request.body, vector, threads=self._masking.threads)
+        return messages.encode_said(body)
 
     def next_check_in(self, request: Request) -> bytes:
         """Keys for the first attempt at the next round; empty where there is none to come."""
@@ -152,6 +152,10 @@ class Masks:
         """
         session, at = self._session(request)
         return session.open(at, request.body)
+
+    def _subject(self, request: Request) -> bytes:
+        """What the request says is trained with; of a TRAIN's arrays the site has checked that they are what it says."""
+        return subject_of(self._study, request.model_digest)
 
     def _session(self, request: Request) -> tuple[MaskingSession, AttemptId]:
         return self._masking.session(request.run), AttemptId(request.round, request.attempt)

@@ -24,12 +24,13 @@ OPEN_ATTEMPTS: Final = 4
 """Attempts that a client holds keys for: the current one, the next one, and those that a retry overtakes."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Open:
     round: ClientRound
     entry: bytes
     plan: Plan
     trust: dict[str, bytes] = field(repr=False)
+    subject: bytes = b""
 
 
 class MaskingSession:
@@ -85,40 +86,52 @@ class MaskingSession:
             if not known:  # the same roster again is answered as before, another one is refused by the round
                 mine.trust.update(identities_of(self._enrolment, [e for e in roster if not self._is_own(e)]))
                 mine.round.bind(subject)
+                mine.subject = subject
+            _check_subject(mine, at, subject)
             answer = mine.round.receive(Roster(tuple(entry.check_in for entry in roster)))
             assert answer is not None
             return to_bytes(answer)
 
-    def expect(self, at: AttemptId, delivery: bytes) -> None:
+    def expect(self, at: AttemptId, subject: bytes, delivery: bytes) -> None:
         """Take the shares that the others sealed for this client; `mask` would, too, after the work is done.
 
+        Args:
+            at: the attempt.
+            subject: what this client is about to train with; it must be what the keys were bound to, or a server could send each client another
+                model to tell the updates in a sum apart (Pasquini et al. 2022).
+            delivery: what the server says.
+
         Raises:
-            SecureAggregationError: they are refused, or this client holds no keys of the attempt.
+            SecureAggregationError: it is refused, or this client holds no keys of the attempt.
         """
         with self._lock:
-            self._need(at).round.receive(_from_server(delivery))
+            self._taken(at, subject, delivery)
 
-    def mask(self, at: AttemptId, delivery: bytes, vector: Vector, *, threads: int = 1) -> bytes:
+    def mask(self, at: AttemptId, subject: bytes, delivery: bytes, vector: Vector, *, threads: int = 1) -> bytes:
         """The encoded update under its masks; once for each attempt.
+
+        Args:
+            at: the attempt.
+            subject: what this client has trained with; see `expect`.
+            delivery: what the server says.
+            vector: ring elements.
+            threads: how many may work.
 
         Raises:
             SecureAggregationError: the delivery is refused, or this client holds no keys of the attempt.
         """
         with self._lock:
-            mine = self._need(at)
-            mine.round.receive(_from_server(delivery))
+            mine = self._taken(at, subject, delivery)
             return to_bytes(mine.round.mask(vector, threads=threads))
 
-    def skip_masking(self, at: AttemptId, delivery: bytes) -> None:
+    def skip_masking(self, at: AttemptId, subject: bytes, delivery: bytes) -> None:
         """Go on to where `mask` led, in a process that is gone: the vector has left, and what is left to do is to open the sum.
 
         Raises:
             SecureAggregationError: the delivery is refused, or this client holds no keys of the attempt.
         """
         with self._lock:
-            mine = self._need(at)
-            mine.round.receive(_from_server(delivery))
-            mine.round.skip_masking()
+            self._taken(at, subject, delivery).round.skip_masking()
 
     def open(self, at: AttemptId, survivors: bytes) -> bytes:
         """This client's shares that open the sum over these survivors; its secrets of the attempt are gone then.
@@ -150,6 +163,12 @@ class MaskingSession:
         self._open[at] = _Open(party, entry, plan, trust)
         return self._open[at]
 
+    def _taken(self, at: AttemptId, subject: bytes, delivery: bytes) -> _Open:
+        mine = self._need(at)
+        _check_subject(mine, at, subject)
+        mine.round.receive(_from_server(delivery))
+        return mine
+
     def _need(self, at: AttemptId) -> _Open:
         if at not in self._open:
             raise SecureAggregationError(
@@ -165,6 +184,13 @@ class MaskingSession:
     def _forget_before(self, at: AttemptId | None) -> None:
         for other in [other for other in self._open if at is None or other < at]:
             self._open.pop(other).round.abandon()
+
+
+def _check_subject(mine: _Open, at: AttemptId, subject: bytes) -> None:
+    if mine.subject != subject:
+        raise SecureAggregationError(
+            Breach.EQUIVOCATION, f"the keys of {at} are bound to another model or configuration than this one"
+        )
 
 
 def _from_server(data: bytes) -> FromServer:

@@ -119,13 +119,14 @@ class MaskedClients:
 
     def _masked(self, work: Work, bodies: Mapping[str, bytes]) -> Iterator[Said | Failed]:
         at, next_at = AttemptId(work.round, work.attempt), AttemptId(work.round + 1, 1)
+        subject = subject_of(self._study, work.model_digest)
         for reply in own_updates(self._inner.fit(work)):
             if isinstance(reply, Failed):
                 yield reply
                 continue
             session = self._session(reply.client)
             try:
-                body = session.mask(at, bodies[reply.client], encoded(self._vectors, work, reply))
+                body = session.mask(at, subject, bodies[reply.client], encoded(self._vectors, work, reply))
                 yield Said(reply.client, body, session.check_in(next_at, self._vectors.plan))
             except FedlearnError as error:
                 yield raised(reply.client, error)

@@ -13,7 +13,7 @@ from client.flower_masks import BY_AGENT, PREFIX
 from fedlearn import events
 from fedlearn.arrays import digest
 from fedlearn.learning.backend import Exchange
-from fedlearn.learning.messages import MASKED, PRIVATE, decode_facts
+from fedlearn.learning.messages import MASKED, PRIVATE, decode_facts, from_record, to_record
 from fedlearn.link.tls import Role, create_authority, issue
 from tests.support.memory_grid import MemoryGrid, Node, nodes_of
 from tests.support.runs import run_server_app
@@ -148,3 +148,23 @@ def test_a_lost_vector_is_a_dropout():
     grid.fault = lose
     run = run_server_app(study_of(), grid)
     assert [event.clients for event in run.of(events.RoundFinished)] == [4, 3, 4]
+
+
+def test_a_model_of_its_own_for_one_client_is_refused():
+    grid, shifted = MemoryGrid(nodes_of(CLIENTS)), []
+    push = grid.push_messages
+
+    def lie(asked):
+        asked = list(asked)
+        for message in asked:
+            facts = decode_facts(message.content)
+            if facts.exchange is Exchange.TRAIN and not shifted:
+                shifted.append(message)
+                model = from_record(message.content, "model")
+                message.content["model"] = to_record({name: array + 1 for name, array in model.items()})
+        return push(asked)
+
+    grid.push_messages = lie
+    run = run_server_app(study_of("rounds=1"), grid)
+    assert [event.clients for event in run.of(events.RoundFinished)] == [3]
+    assert "bound to another model" in run.of(events.ClientDropped)[0].reason

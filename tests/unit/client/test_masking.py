@@ -63,6 +63,21 @@ class Server:
         entries = [entries_from_bytes((await self.ask(name, Exchange.CHECK_IN)).entry)[0] for name in CLIENTS]
         return entries_to_bytes(entries)
 
+    async def keyed(self, bundles, length=LENGTH):
+        """Everybody shares keys; what an honest server would say to each next."""
+        said = [await self.ask(name, Exchange.CHECK_IN, length=length) for name in CLIENTS]
+        entries = [entries_from_bytes(one.entry)[0] for one in said]
+        trust = identities_of(CertificateEnrolment(next(iter(bundles.values())).ca_pem), entries)
+        subject = subject_of(MASKED, broadcast_digest(ServerState(MODEL, {})))
+        made = ServerRound(Terms("run-1", AttemptId(1, 1), masking_plan(MASKED, length)), trust, subject)
+        for entry in entries:
+            made.receive(entry.check_in.client, entry.check_in)
+        made.close()
+        roster = entries_to_bytes(entries)
+        for name in CLIENTS:
+            made.receive(name, from_client((await self.ask(name, Exchange.SHARE, roster, length=length)).body))
+        return {name: to_bytes(message) for name, message in made.close().items()}
+
     def outbox(self, name):
         """Releases that were committed."""
         return list(self.sites._sites[name]._gate.releases())
@@ -80,7 +95,7 @@ async def test_an_update_without_keys_does_not_leave(bundles):
         await refused(server.ask("ada", Exchange.TRAIN, body))
     await server.roster()
     error = await refused(server.ask("ada", Exchange.TRAIN, b""))
-    assert error.breach is Breach.MALFORMED
+    assert error.breach is Breach.EQUIVOCATION, "its keys are bound to nothing yet"
     assert server.outbox("ada") == []
 
 
@@ -107,25 +122,27 @@ async def test_a_roster_with_a_stranger_is_refused(bundles, tmp_path):
 async def test_keys_for_another_length_than_the_models_mask_nothing(bundles):
     """A server that claims a shorter model, so that some of it would be left without a mask."""
     server = Server(bundles)
-    entries = [
-        entries_from_bytes((await server.ask(name, Exchange.CHECK_IN, length=LENGTH - 1)).entry)[0] for name in CLIENTS
-    ]
-    roster = entries_to_bytes(entries)
-    bundle = next(iter(bundles.values()))
-    trust = identities_of(CertificateEnrolment(bundle.ca_pem), entries)
-    subject = subject_of(MASKED, broadcast_digest(ServerState(MODEL, {})))
-    made = ServerRound(Terms("run-1", AttemptId(1, 1), masking_plan(MASKED, LENGTH - 1)), trust, subject)
-    for entry in entries:
-        made.receive(entry.check_in.client, entry.check_in)
-    made.close()
-    for name in CLIENTS:
-        said = await server.ask(name, Exchange.SHARE, roster, length=LENGTH - 1)
-        made.receive(name, from_client(said.body))
-    told = made.close()
-    asked = server.ask("ada", Exchange.TRAIN, to_bytes(told["ada"]), length=LENGTH - 1)
+    told = await server.keyed(bundles, length=LENGTH - 1)
+    asked = server.ask("ada", Exchange.TRAIN, told["ada"], length=LENGTH - 1)
     error = await refused(asked, RemoteProtocolError)
     assert "keys were agreed for" in error.message
     assert server.outbox("ada") == []
+
+
+async def test_a_model_of_its_own_for_one_client_is_refused(bundles):
+    """Every client agreed on keys for one model; a server that then sends another, to tell one update from the rest, gets nothing."""
+    server = Server(bundles)
+    told = await server.keyed(bundles)
+    other = {name: array + np.float32(1) for name, array in MODEL.items()}
+    error = await refused(server.ask("ada", Exchange.TRAIN, told["ada"], model=other))
+    assert error.breach is Breach.EQUIVOCATION
+    error = await refused(
+        server.ask("ada", Exchange.TRAIN, told["ada"], model=other, digest=broadcast_digest(ServerState(MODEL, {}))),
+        RemoteProtocolError,
+    )
+    assert "have the digest" in error.message
+    assert server.outbox("ada") == []
+    assert (await server.ask("ada", Exchange.TRAIN, told["ada"])).body, "the right one is still trained on"
 
 
 async def test_exchanges_of_secure_aggregation_have_no_place_in_a_plain_study(bundles):

@@ -70,9 +70,9 @@ def test_a_whole_attempt_with_every_message_twice():
     for name, session in desk.sessions.items():
         assert session.check_in(AT, PLAN) == session.check_in(AT, PLAN)
         assert session.share(AT, PLAN, SUBJECT, desk.roster) == session.share(AT, PLAN, SUBJECT, desk.roster)
-        session.expect(AT, desk.told[name])
-        session.expect(AT, desk.told[name])
-        desk.server.receive(name, from_bytes(session.mask(AT, desk.told[name], vector())))
+        session.expect(AT, SUBJECT, desk.told[name])
+        session.expect(AT, SUBJECT, desk.told[name])
+        desk.server.receive(name, from_bytes(session.mask(AT, SUBJECT, desk.told[name], vector())))
     for name, message in desk.server.close().items():
         session, body = desk.sessions[name], to_bytes(message)
         opening = session.open(AT, body)
@@ -86,9 +86,9 @@ def test_a_whole_attempt_with_every_message_twice():
 def test_a_vector_is_masked_once():
     desk = Desk()
     session = desk.sessions["ada"]
-    session.mask(AT, desk.told["ada"], vector())
+    session.mask(AT, SUBJECT, desk.told["ada"], vector())
     with pytest.raises(LocalProtocolError):
-        session.mask(AT, desk.told["ada"], vector(2))
+        session.mask(AT, SUBJECT, desk.told["ada"], vector(2))
 
 
 def test_another_process_that_has_the_seed_opens_what_the_first_one_masked():
@@ -98,11 +98,11 @@ def test_another_process_that_has_the_seed_opens_what_the_first_one_masked():
     sessions = {name: session_of(name, draw if name == "ada" else None) for name in NAMES}
     desk = Desk(sessions=sessions)
     for name, session in sessions.items():
-        desk.server.receive(name, from_bytes(session.mask(AT, desk.told[name], vector())))
+        desk.server.receive(name, from_bytes(session.mask(AT, SUBJECT, desk.told[name], vector())))
     survivors = {name: to_bytes(message) for name, message in desk.server.close().items()}
     again = session_of("ada", draw)
     again.share(AT, PLAN, SUBJECT, desk.roster)
-    again.skip_masking(AT, desk.told["ada"])
+    again.skip_masking(AT, SUBJECT, desk.told["ada"])
     assert again.open(AT, survivors["ada"]) == sessions["ada"].open(AT, survivors["ada"])
 
 
@@ -111,7 +111,7 @@ def test_a_later_attempt_ends_the_earlier_ones():
     session = desk.sessions["ada"]
     session.check_in(NEXT, PLAN)
     Desk(NEXT, desk.sessions)
-    assert breach(session.mask, AT, desk.told["ada"], vector()) is Breach.UNEXPECTED
+    assert breach(session.mask, AT, SUBJECT, desk.told["ada"], vector()) is Breach.UNEXPECTED
     assert breach(session.check_in, AT, PLAN) is Breach.REPLAY
     assert breach(session.share, AT, PLAN, SUBJECT, desk.roster) is Breach.REPLAY
     assert "2 open" not in repr(session)
@@ -120,7 +120,7 @@ def test_a_later_attempt_ends_the_earlier_ones():
 def test_who_was_restarted_holds_no_keys():
     desk = Desk()
     again = session_of("ada")
-    assert breach(again.mask, AT, desk.told["ada"], vector()) is Breach.UNEXPECTED
+    assert breach(again.mask, AT, SUBJECT, desk.told["ada"], vector()) is Breach.UNEXPECTED
     assert breach(again.open, AT, b"") is Breach.UNEXPECTED
     assert breach(again.share, AT, PLAN, SUBJECT, desk.roster) is Breach.SELF_CHANGED
 
@@ -133,6 +133,15 @@ def test_another_roster_or_plan_is_refused():
     fresh = session_of("bob")
     fresh.check_in(AT, PLAN)
     assert breach(fresh.check_in, AT, larger) is Breach.EQUIVOCATION
+
+
+def test_another_model_than_the_keys_are_bound_to_is_refused():
+    """A server that sends one client a model of its own, to find that client's update in the sum."""
+    desk = Desk()
+    session = desk.sessions["ada"]
+    assert breach(session.expect, AT, b"another model", desk.told["ada"]) is Breach.EQUIVOCATION
+    assert breach(session.mask, AT, b"another model", desk.told["ada"], vector()) is Breach.EQUIVOCATION
+    assert breach(session.share, AT, PLAN, b"another model", desk.roster) is Breach.EQUIVOCATION
 
 
 def test_who_is_not_vouched_for_ends_the_roster():
@@ -171,4 +180,4 @@ def test_a_claim_has_a_limit():
 def test_a_clients_message_is_none_of_the_servers():
     desk = Desk()
     mine = to_bytes(entries_from_bytes(desk.roster)[0].check_in)
-    assert breach(desk.sessions["ada"].expect, AT, mine) is Breach.UNEXPECTED
+    assert breach(desk.sessions["ada"].expect, AT, SUBJECT, mine) is Breach.UNEXPECTED
