@@ -7,6 +7,7 @@ same seeded chance, must then differ in the noisy arrays and nowhere else.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from fedlearn.learning.runtime import RunRuntime
 from fedlearn.link import LinkLimits, frames, framing
 from fedlearn.link.states import Received
 from fedlearn.privacy.chain import SignedHead
+from fedlearn.privacy.plan import FixedClip, PoissonSampling
+from fedlearn.privacy.study import plan_of
 from fedlearn.release.journal import DictJournal
 from server.app import app as server_app
 from tests.support.heads import Heads
@@ -191,3 +194,22 @@ def test_no_count_loss_metric_or_number_of_steps_leaves(processes: Family, tmp_p
     outside = b"".join(one.metadata for one in tap.received)
     for word in (b"loss", b"auc", b"steps", b"rows", b"accuracy"):
         assert word not in outside
+
+
+def test_what_crosses_the_wire_has_the_plans_noise(processes: Family, tmp_path: Path):
+    """With far more noise than gradient, each coordinate is the sum of the steps' noise, and no two rounds share any."""
+    secret = tuple(o for o in OVERRIDES if "seeded" not in o and "noise_multiplier" not in o)
+    overrides = (*secret, "privacy.noise_multiplier=100.0", "rounds=4")
+    tap, _ = overheard(processes, tmp_path / "s", patients(tmp_path / "data.csv", PATIENTS), overrides)
+    study = fedlearn.load_study(STUDY, overrides)
+    plan = plan_of(study)
+    assert plan is not None
+    assert isinstance(plan.sampling, PoissonSampling)
+    assert isinstance(plan.clipping, FixedClip)
+    of_one_step = plan.noise_multiplier * plan.clipping.clip_l2 / (plan.sampling.rate * plan.units)
+    expected = study.train.lr * of_one_step * math.sqrt(plan.steps)
+    rounds = [np.concatenate([a.ravel() for a in arrays]) for m in tap.messages if (arrays := noisy(m))]
+    sent = np.stack(rounds)
+    assert sent.shape[0] == 4
+    assert sent.std() == pytest.approx(expected, rel=5 / math.sqrt(2 * sent.size))  # five standard errors
+    assert abs(np.corrcoef(sent) - np.eye(4)).max() < 5 / math.sqrt(sent.shape[1])
