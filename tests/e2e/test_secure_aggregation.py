@@ -11,6 +11,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 import fedlearn
+from client.policy import SiteRules
 from fedlearn import events
 from fedlearn.arrays import digest
 from fedlearn.errors import RunFailedError
@@ -19,6 +20,7 @@ from fedlearn.learning.messages import MASKED, decode_said
 from fedlearn.learning.runtime import RunRuntime
 from fedlearn.link.grid import GridCancelledError
 from fedlearn.release.journal import DictJournal
+from fedlearn.release.keys import TRAIN
 from fedlearn.secagg import client as secagg_client
 from fedlearn.secagg import primitives
 from fedlearn.secagg.messages import from_bytes
@@ -204,6 +206,21 @@ def test_below_the_threshold_nothing_is_opened_and_the_next_attempt_has_fresh_ke
     ]
     assert len(set(vectors)) == 4
     assert digest(run.model) == digest(fedlearn.simulate(study_of()).weights)
+
+
+def test_a_site_that_allows_no_void_sends_one_vector_of_a_round(tmp_path):
+    """Two openings of one round over sets that differ by one client would give that client's update away."""
+
+    def meets(site, now, number, attempt):
+        if now is Exchange.TRAIN and (number, attempt) == (2, 1) and site in {"bob", "cyd"}:
+            raise RuntimeError("pulled the plug")
+
+    sites = DeskSites(rules=SiteRules(tasks=(NAME,), max_voids_per_run=0))
+    with link_net(tmp_path, CLIENTS, handler_of=sites.handler) as link, pytest.raises(RunFailedError):
+        Net(link, sites).run(study_of(), meets=meets)
+    for name in ("ada", "dee"):
+        sent = [release.key.at for release in sites.releases(name) if release.key.exchange == TRAIN]
+        assert sent == [(1, 1), (2, 1)]
 
 
 def test_a_run_ends_when_every_attempt_is_void(net):
