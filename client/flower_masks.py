@@ -114,7 +114,7 @@ class FlowerMasks:
             raise SecureAggregationError(Breach.REPLAY, f"the update of {at} has left already")
         subject = subject_of(self._study, broadcast_digest(ServerState(request.model, request.shared)))
         key = rounding_key(self._study, request.round, self._client)
-        vector = vectors.encode(update, key, unit=vectors.unit_in(request.shared))
+        vector = vectors.encode(update, key, vectors.frame(request.round, request.shared))
         body = self._again(request.run, at, vectors.plan, kept).mask(at, subject, request.body, vector)
         self._keep(request.run, at, replace(kept, delivery=request.body))
         entry = b""

@@ -65,17 +65,17 @@ class Guard:
 
     @property
     def admission(self) -> Charge | None:
-        """What is charged before a run's first update: a client-level plan's whole run, since its cohorts are accounted drawn or not."""
-        return Charge(self.account, self.plan.cost().to_text()) if self.plan.unit is Unit.CLIENT else None
+        """What is charged before a run's first update: all of it where the server draws and adds noise; see `PrivacyPlan.central`."""
+        return Charge(self.account, self.plan.cost().to_text()) if self.plan.central else None
 
     def charge(self, request: Request) -> Charge | None:
-        """What one update costs. Admission has paid for one attempt at each round of a client-level plan, and for no other.
+        """What one update costs. Admission has paid for one attempt at each round where there is one, and for no other.
 
         Raises:
             PolicyRefusedError: the plan has no such round.
         """
         self._check_round(request)
-        if self.plan.unit is Unit.CLIENT and request.attempt == 1:
+        if self.plan.central and request.attempt == 1:
             return None
         return Charge(self.account, self.plan.cost(1).to_text())
 

@@ -129,7 +129,7 @@ class Masks:
                 f"message: keys were agreed for {request.length} numbers, an update of this model has {vectors.length}"
             )
         key = rounding_key(study, request.round, self._masking.client)
-        vector = vectors.encode(messages.decode_update(reply), key, unit=vectors.unit_in(request.shared))
+        vector = vectors.encode(messages.decode_update(reply), key, vectors.frame(request.round, request.shared))
         session, at = self._session(request)
         body = session.mask(at, self._subject(request), request.body, vector, threads=self._masking.threads)
         return messages.encode_said(body)

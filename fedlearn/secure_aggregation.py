@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+import math
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from fedlearn.strict import STRICT
+
+if TYPE_CHECKING:
+    from fedlearn.study import Study
 
 CLIP_L2: Final = 10.0
 """The bound of an update's norm where the study names none: far above what training from a global model gives."""
@@ -29,8 +33,8 @@ class SecureAggregationTable(BaseModel):
     """A client with more training examples weighs as if it had so many: weights travel masked and have a bound."""
     max_clients: Annotated[int, Field(ge=3, le=10_000)] | None = None
     """The most clients of a round, which fixes how fine integers are; absent means cohort.size, else data.clients, else 200."""
-    ring_bits: Literal[16, 24, 32] = 32
-    """Bits of each masked number: fewer are sent faster and are coarser."""
+    ring_bits: Literal[16, 24, 32] | None = None
+    """Bits of each masked number: fewer are sent faster and are coarser. Absent means 32, and with noise that clients add the fewest that suffice."""
     mode: Literal["auto", "exact", "equivalent"] = "auto"
     """In a simulation. exact: every key and mask; equivalent: the same integers are summed without them, to the same bits; auto: exact up to 20 clients."""
 
@@ -42,3 +46,13 @@ class SecureAggregationTable(BaseModel):
                 "out the one and survives the other"
             )
         return self
+
+
+def stated_clients(study: Study) -> int | None:
+    """The most clients of a round, as far as a study says; None where the data alone knows."""
+    if study.secure_aggregation.max_clients is not None:
+        return study.secure_aggregation.max_clients
+    if study.cohort.size is None:
+        return study.data.clients
+    over = 1.0 if study.environment is None else study.environment.over_selection
+    return math.ceil(study.cohort.size * over)

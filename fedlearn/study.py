@@ -201,7 +201,16 @@ class Study(_Table):
             raise ValueError('cohort.rate: only with [privacy] unit = "client"; take cohort.size')
         if unit is not None and self.update.clip_l2 is not None:
             raise ValueError("update.clip_l2: [privacy] clips already, with its own clip_l2; remove it")
-        if unit == "client" and self.environment is not None:
+        distributed = self.privacy is not None and self.privacy.mechanism == "distributed"
+        if distributed and not self.secure_aggregation.enabled:
+            raise ValueError(
+                "privacy.mechanism: distributed needs [secure_aggregation] enabled = true: one client's share of the noise hides nobody"
+            )
+        if distributed and self.cohort.rate is not None:
+            raise ValueError(
+                "cohort.rate: does not go with privacy.mechanism = 'distributed'; who takes part is public there"
+            )
+        if unit == "client" and not distributed and self.environment is not None:
             raise ValueError("environment: a client-level plan draws its own cohorts, out of everybody")
         return self
 

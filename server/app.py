@@ -103,7 +103,7 @@ def _close(study: Study, federation: Federation, backend: GridBackend, runtime: 
     if runtime is None or runtime.closing is None or study.privacy is None or study.privacy.unit != "client":
         return
     plan = plan_of(study)
-    if plan is not None and plan.matrix is None and federation.attempts < plan.rounds:
+    if plan is not None and plan.central and plan.matrix is None and federation.attempts < plan.rounds:
         backend.tell_end(runtime.closing(federation.attempts))
 
 

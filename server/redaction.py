@@ -1,6 +1,6 @@
 """What a site is not told of a run that protects clients: who was drawn, and how many.
 
-The epsilon that is claimed against other sites holds while a cohort's members and size stay hidden (`fedlearn.privacy.plan.HIDDEN_COHORT`), so a
+The epsilon that is claimed against other sites holds while a cohort's members and size stay hidden (`fedlearn.privacy.claims.HIDDEN_COHORT`), so a
 site sees what the model's reader sees and no more. An operator, who runs the coordinator, sees everything in any case.
 """
 

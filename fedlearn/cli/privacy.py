@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fedlearn.study import Study
 
 ENFORCED: Final = (
-    "This is what the study asks for. A site reserves the cost from its own budget before it trains, round by round for records and groups and the "
-    "whole run for clients, and takes no part where that does not fit. A simulation of the study is seeded, hence not private."
+    "This is what the study asks for. A site reserves the cost from its own budget before it trains, round by round for records and groups and where "
+    "clients add the noise, else the whole run, and takes no part where that does not fit. A simulation of the study is seeded, hence not private."
 )
 ON_PAPER: Final = (
     "A plan on paper: the study itself does not ask for this. Write it into its [privacy] to have it enforced."
@@ -81,7 +81,7 @@ def plan(
     from fedlearn.app import load_app
     from fedlearn.learning.combine import check_combination
     from fedlearn.privacy.accounting import account
-    from fedlearn.privacy.plan import claims
+    from fedlearn.privacy.claims import claims
     from fedlearn.privacy.statement import lines, statement, unamplified
     from fedlearn.privacy.study import plan_of
     from fedlearn.privacy.what_if import alternatives, curve, draw, rounds_shown, shares

@@ -284,7 +284,7 @@ class Federation:
         """What the server rule may see of the sum, and the next clip of an adaptive one; None when the attempt is void."""
         total = self._machine.total
         if self._secure is not None:
-            total = self._secure.opened(total, self._state.shared)
+            total = self._secure.opened(total, at.round, self._state.shared)
         try:
             if self._central is not None:
                 return self._central.release(at, total, self._state.shared)

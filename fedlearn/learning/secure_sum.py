@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.learning.backend import Failed, Said, Work
     from fedlearn.learning.update import Aggregate
-    from fedlearn.learning.vectors import Vectors
+    from fedlearn.learning.vectors import Frame, Vectors
     from fedlearn.release.coordinator import RoundMachine
     from fedlearn.release.keys import ReleaseKey
     from fedlearn.secagg.quantize import Decoded
@@ -65,9 +65,9 @@ class SecureRounds(ABC):
     def open(self, machine: RoundMachine[bytes, SecureSum], work: Work) -> None:  # noqa: B027  # nothing to do without masks
         """Bring a machine whose survivors stand to the sum; or the attempt is void."""
 
-    def opened(self, sum_: SecureSum, shared: Arrays) -> OpenSum:
-        """What can be read of the machine's sum, given what was broadcast beside the model."""
-        return OpenSum(self.vectors, sum_, self.vectors.unit_in(shared))
+    def opened(self, sum_: SecureSum, round_: int, shared: Arrays) -> OpenSum:
+        """What can be read of a round's sum, given what was broadcast beside the model."""
+        return OpenSum(self.vectors, sum_, self.vectors.frame(round_, shared))
 
 
 class OpenSum:
@@ -76,11 +76,11 @@ class OpenSum:
     Args:
         vectors: of the study.
         sum_: the machine's.
-        unit: what a client-level plan's updates are measured in, the round's clip; 1 without one.
+        frame: what its vectors are measured in.
     """
 
-    def __init__(self, vectors: Vectors, sum_: SecureSum, unit: float = 1.0) -> None:
-        self._vectors, self._sum, self._unit = vectors, sum_, unit
+    def __init__(self, vectors: Vectors, sum_: SecureSum, frame: Frame) -> None:
+        self._vectors, self._sum, self._frame = vectors, sum_, frame
 
     @property
     def clients(self) -> int:
@@ -89,7 +89,7 @@ class OpenSum:
 
     def totals(self) -> Mapping[str, Mapping[str, npt.NDArray[np.float64]]]:
         """The exact sum of what the clients encoded, by release."""
-        return self._vectors.totals(self._sum.decoded, unit=self._unit)
+        return self._vectors.totals(self._sum.decoded, self._frame)
 
     def aggregate(self, population: int) -> Aggregate:
         """The weighted means.
@@ -97,7 +97,7 @@ class OpenSum:
         Raises:
             UpdateError: it cannot be a sum of encoded updates.
         """
-        return self._vectors.aggregate(self._sum.decoded, self._sum.clients, population)
+        return self._vectors.aggregate(self._sum.decoded, self._sum.clients, population, self._frame)
 
 
 class MaskedSum:

@@ -8,10 +8,12 @@ the total number of examples, and nobody's own.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -20,16 +22,18 @@ from fedlearn.arrays import Spec, check_same
 from fedlearn.errors import UnsupportedError, UpdateError
 from fedlearn.learning.collect import release_specs
 from fedlearn.learning.update import UNCLIPPED, Aggregate, Release, Update, Weighting
+from fedlearn.privacy.study import clip_in, noise_plan
 from fedlearn.secagg.plan import Plan, digest_of
-from fedlearn.secagg.primitives import KEY_BYTES, Suite
+from fedlearn.secagg.primitives import KEY_BYTES, Suite, derive
 from fedlearn.secagg.quantize import Decoded, Encoding
-from fedlearn.secure_aggregation import CLIP_L2
+from fedlearn.secure_aggregation import CLIP_L2, stated_clients
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fedlearn.arrays import Arrays
     from fedlearn.learning.strategy import Strategy
+    from fedlearn.privacy.distributed import DistributedPlan
     from fedlearn.secagg.ring import Vector
     from fedlearn.study import Study
 
@@ -37,6 +41,8 @@ SUITE: Final = Suite.P256_AES256
 """The link's certificates hold P-256 keys, and they are the clients' identities."""
 MOST_CLIENTS: Final = 200
 """Of a round, where neither cohort nor data say how many there are: as many as everybody can be everybody's neighbour of."""
+RING_BITS: Final = 32
+"""Of a masked number where the study does not say."""
 _PLAN_LEAST: Final = 3
 
 
@@ -47,24 +53,19 @@ def masking_plan(study: Study, length: int) -> Plan:
         StudyError: the study's numbers do not fit each other, or a sum could wrap.
         UnsupportedError: no threshold is safe for so many clients.
     """
-    table = study.secure_aggregation
+    noise, table = noise_plan(study, length), study.secure_aggregation
+    if noise is not None:
+        return noise.aggregation
     encoding = Encoding(
         length,
-        table.max_clients or _most_clients(study),
+        stated_clients(study) or MOST_CLIENTS,
         _clip_l2(study),
-        ring_bits=table.ring_bits,
+        ring_bits=table.ring_bits or RING_BITS,
         weight_cap=1 if study.privacy is not None else table.max_examples,
     )
     private = b"" if study.privacy is None else digest_of("privacy", study.privacy.model_dump_json())
     least = max(_PLAN_LEAST, study.cohort.minimum)
     return Plan(encoding, table.adversarial, table.dropout, least, SUITE, privacy=private)
-
-
-def _most_clients(study: Study) -> int:
-    if study.cohort.size is None:
-        return study.data.clients or MOST_CLIENTS
-    over = 1.0 if study.environment is None else study.environment.over_selection
-    return math.ceil(study.cohort.size * over)
 
 
 def _clip_l2(study: Study) -> float:
@@ -77,6 +78,19 @@ def _clip_l2(study: Study) -> float:
 def subject_of(study: Study, model_digest: str) -> bytes:
     """What a client trains with: everything that the study says, and the broadcast."""
     return digest_of("subject", study.digest, model_digest)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the vectors of one round are measured in; the same for all clients and the server, and public.
+
+    Args:
+        unit: what a client-level plan's updates are divided by, the round's clip; 1 without one.
+        rotation: of noise that clients add, 32 bytes; empty without it.
+    """
+
+    unit: float = 1.0
+    rotation: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -121,25 +135,39 @@ class Vectors:
 
         Rounding moves each coordinate by less than 1, so a vector of norm s comes out with a norm below s + sqrt(length).
         """
-        if self.study.privacy is None or self.study.privacy.unit != "client":
+        if not self._by_clip:
             return 1.0
         return self.plan.encoding.scale / (self.plan.encoding.scale + math.sqrt(self.length))
 
-    def unit_in(self, shared: Arrays) -> float:
-        """What the releases of a client-level plan are measured in: the round's clip. 1 without such a plan."""
-        if self.study.privacy is None or self.study.privacy.unit != "client":
-            return 1.0
-        from fedlearn.privacy.study import clip_in
+    @cached_property
+    def noise(self) -> DistributedPlan | None:
+        """The noise that clients add to their vectors; None where they add none."""
+        return noise_plan(self.study, self.length)
 
-        return clip_in(self.study.privacy, shared)
+    @property
+    def _by_clip(self) -> bool:
+        """Whether updates are encoded in units of the round's clip."""
+        return self.study.privacy is not None and self.study.privacy.unit == "client" and self.noise is None
 
-    def encode(self, update: Update, key: bytes, *, unit: float = 1.0) -> Vector:
-        """An update as ring elements, clipped and rounded.
+    def frame(self, round_: int, shared: Arrays) -> Frame:
+        """What a round's vectors are measured in, given what was broadcast beside the model.
+
+        A rotation spreads an update over its coordinates, so that few are cut off: it protects nothing, and no two attempts need differ in it.
+        """
+        if self.noise is not None:
+            return Frame(rotation=digest_of("rotation", self.study.seed, round_))
+        if not self._by_clip:
+            return Frame()
+        assert self.study.privacy is not None
+        return Frame(clip_in(self.study.privacy, shared))
+
+    def encode(self, update: Update, key: bytes, frame: Frame = Frame()) -> Vector:
+        """An update as ring elements, clipped and rounded, and with this client's share of the noise where clients add it.
 
         Args:
             update: of one client.
-            key: what the rounding follows from; see `rounding_key`.
-            unit: as `unit_in` says.
+            key: what the rounding and the noise follow from; see `rounding_key`.
+            frame: of the round.
 
         Raises:
             UpdateError: it holds other arrays than it should, is not finite, or has no examples.
@@ -152,7 +180,7 @@ class Vectors:
         cap = self.plan.encoding.weight_cap
         weight = min(update.examples, cap)
         flat: npt.NDArray[np.floating[Any]] = np.empty(
-            self.length, dtype=np.float64 if self._widened(unit) else np.float32
+            self.length, dtype=np.float64 if self._widened(frame.unit) else np.float32
         )
         at = 0
         for release, specs in self.releases.items():
@@ -160,35 +188,43 @@ class Vectors:
             check_same(arrays, specs)
             # Everything is scaled by weight / cap when it is encoded; what counts once has to come out as it is.
             factor = cap / weight if release.weighting is Weighting.UNIFORM else 1.0
-            factor /= 1.0 if release.name == UNCLIPPED else unit
+            factor /= 1.0 if release.name == UNCLIPPED else frame.unit
             for name in specs:
                 part = flat[at : at + arrays[name].size]
                 at += len(part)
                 part[:] = arrays[name].reshape(-1)
                 if factor != 1.0:
                     np.multiply(part, factor, out=part)
-        return self.plan.encoding.encode(flat, weight, key)
+        if self.noise is None:
+            return self.plan.encoding.encode(flat, weight, key)
+        keys = (derive(key, f"noisy vector {number}".encode()) for number in itertools.count())
+        return self.noise.encode(flat, frame.rotation, lambda size: next(keys)[:size])
 
     def _widened(self, unit: float) -> bool:
         plain = unit == 1.0 and all(release.weighting is Weighting.EXAMPLES for release in self.releases)
         return not plain or any(spec.dtype == "float64" for specs in self.releases.values() for spec in specs.values())
 
-    def totals(self, sum_: Decoded, *, unit: float = 1.0) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
-        """By release the sum over clients, float64: of share times array where examples weigh, of the array where each counts once."""
+    def totals(self, sum_: Decoded, frame: Frame = Frame()) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
+        """By release the sum over clients, float64: of share times array where examples weigh, of the array where each counts once.
+
+        Raises:
+            UpdateError: where clients add noise: it is a sum of no possible number of clients.
+        """
+        noisy = None if self.noise is None else self.noise.decode(sum_, frame.rotation).values
         found: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
         at = 0
         for release, specs in self.releases.items():
-            step = (1.0 if release.name == UNCLIPPED else unit) / self.plan.encoding.scale * self.clip_bound
+            step = (1.0 if release.name == UNCLIPPED else frame.unit) / self.plan.encoding.scale * self.clip_bound
             found[release.name] = {}
             for name, spec in specs.items():
                 size = math.prod(spec.shape)
-                total: npt.NDArray[np.float64] = sum_.integers[at : at + size].astype(np.float64) * step
-                found[release.name][name] = total.reshape(spec.shape)
+                part = noisy[at : at + size] if noisy is not None else np.asarray(sum_.integers[at : at + size] * step)
+                found[release.name][name] = part.reshape(spec.shape)
                 at += size
         return found
 
-    def aggregate(self, sum_: Decoded, clients: int, population: int) -> Aggregate:
-        """What the server rule sees.
+    def aggregate(self, sum_: Decoded, clients: int, population: int, frame: Frame = Frame()) -> Aggregate:
+        """What the server rule sees. Where clients added noise, it is in it; who took part is public, so their number divides.
 
         Raises:
             UpdateError: the total weight is not one that these clients can have.
@@ -200,16 +236,16 @@ class Vectors:
                 " some client sent a vector that is no encoded update"
             )
         means: dict[str, Arrays] = {}
+        totals = self.totals(sum_, frame)
         for release in self.releases:
             weight = clients if release.weighting is Weighting.UNIFORM else sum_.weight / cap
-            means[release.name] = {
-                name: np.asarray(total / weight) for name, total in self.totals(sum_)[release.name].items()
-            }
+            means[release.name] = {name: np.asarray(total / weight) for name, total in totals[release.name].items()}
         return Aggregate(means, clients, population, examples=sum_.weight)
 
 
 def rounding_key(study: Study, round_: int, client: str, *, rehearsal: bool = False) -> bytes:
-    """What a client's rounding follows from: the operating system's chance where privacy is asked for in earnest, else the study's seed.
+    """What a client's rounding and its share of the noise follow from: the operating system's chance where privacy is asked for in earnest, else
+    the study's seed.
 
     As the rest of seeded chance it does not depend on the attempt.
     """

@@ -53,11 +53,10 @@ class CentralPlan:
 
     @classmethod
     def of(cls, study: Study, journal: Journal, run: str, *, rehearsal: bool) -> CentralPlan | None:
-        """Of a study and its run so far; None where it asks for no client-level privacy."""
-        if study.privacy is None or study.privacy.unit != "client":
-            return None
+        """Of a study and its run so far; None where it asks for no client-level privacy, or its clients add the noise."""
         plan = plan_of(study)
-        assert plan is not None
+        if plan is None or not plan.central:
+            return None
         if plan.matrix is None:
             return cls(study, plan, rehearsal)
         seed = study.seed if is_seeded(study, rehearsal=rehearsal) else None

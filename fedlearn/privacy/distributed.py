@@ -24,8 +24,10 @@ import numpy.typing as npt
 
 from fedlearn.errors import StudyError, UnsupportedError, UpdateError
 from fedlearn.privacy import accounting
+from fedlearn.privacy.claims import NOT_PRIVATE, Adversary, Claim
 from fedlearn.privacy.events import MAX_COUNT, Cost, DiscreteGaussians, Relation, Repeated, Skellam
-from fedlearn.privacy.plan import NOT_PRIVATE, Adversary, Claim, Everyone, Unit
+from fedlearn.privacy.plan import Everyone, Unit
+from fedlearn.privacy.shares import premise
 from fedlearn.secagg import rotation
 from fedlearn.secagg.floor import colluding, honest_floor
 from fedlearn.secagg.noise import Noise, add_noise, check_variance
@@ -189,11 +191,7 @@ class DistributedPlan:
     @property
     def premise(self) -> str:
         """What a claim rests on, in words."""
-        return (
-            f"at least {self.honest} honest clients add their noise to every sum that is opened, whatever"
-            f" {colluding(self.clients, self.adversarial)} others and the server do together;"
-            " who takes part is public, and nothing is gained by sampling"
-        )
+        return premise(self.honest, colluding(self.clients, self.adversarial))
 
     # Client and server.
 

@@ -25,6 +25,7 @@ from fedlearn.privacy.events import (
     SampledWithoutReplacement,
 )
 from fedlearn.privacy.ftrl import Banded, BufferedToeplitz, FtrlPlan
+from fedlearn.privacy.shares import NoiseShares
 
 if TYPE_CHECKING:
     from fedlearn.learning.strategy import Strategy
@@ -39,14 +40,6 @@ class Unit(Enum):
     """All rows of one person or account at one site: a group is drawn whole and gives one clipped gradient."""
     CLIENT = "client"
     """A whole device or user: all that one client ever sends."""
-
-
-class Adversary(Enum):
-    """Against whom an epsilon holds."""
-
-    MODEL_READER = "reader of the model"
-    OTHER_SITES = "other sites"
-    SERVER = "server"
 
 
 @dataclass(frozen=True)
@@ -179,6 +172,7 @@ class PrivacyPlan:
         steps: noisy releases (DP-SGD steps) of each round; 1 at client level.
         matrix: correlates the noise of the rounds (DP-FTRL), for `Spaced` clients; None for independent noise.
         evaluation: what is released beside training; None for nothing.
+        shares: who adds the noise of a client-level plan where the clients themselves do, under secure aggregation; None for the server.
         weighting: how contributions are weighted. Only uniform is possible: a weight that is a person's count is private itself.
 
     Raises:
@@ -195,6 +189,7 @@ class PrivacyPlan:
     steps: int = 1
     matrix: Banded | BufferedToeplitz | None = None
     evaluation: Evaluation | None = None
+    shares: NoiseShares | None = None
     weighting: Weighting = Weighting.UNIFORM
 
     def __post_init__(self) -> None:
@@ -245,6 +240,12 @@ class PrivacyPlan:
                     hint="noise that is to cancel an earlier round's must be on the same scale",
                 )
             _ = self.ftrl  # is refused where its sensitivity is not known
+        if self.shares is not None and not (
+            self.unit is Unit.CLIENT and isinstance(self.sampling, Everyone) and isinstance(self.clipping, FixedClip)
+        ):
+            raise StudyError(
+                "privacy: noise that clients add together is for client-level plans with a fixed clip and no sampling"
+            )
         if self.evaluation is not None and self.unit is Unit.CLIENT:
             raise StudyError("privacy: evaluation_noise: is for records and groups")
         if self.weighting is not Weighting.UNIFORM:
@@ -252,6 +253,11 @@ class PrivacyPlan:
                 f"privacy: weights: got {self.weighting.value!r}, expected uniform",
                 hint="a weight that counts examples changes the sensitivity, and is private itself",
             )
+
+    @property
+    def central(self) -> bool:
+        """Whether the server adds the noise: a site then pays for the whole run, since its cohorts are accounted drawn or not."""
+        return self.unit is Unit.CLIENT and self.shares is None
 
     @property
     def releases(self) -> int:
@@ -304,6 +310,8 @@ class PrivacyPlan:
 
         Under correlated noise all rounds are one release.
         """
+        if self.shares is not None:
+            return self.shares.event(self.noise_multiplier)
         match self.sampling:
             case PoissonSampling(rate):
                 return PoissonSampled(rate, Gaussian(self.noise_multiplier))
@@ -358,73 +366,6 @@ class PrivacyPlan:
                 f"privacy: {strategy.name} keeps memory made of raw gradients, which the noise does not cover",
                 hint="take fedavg, fedprox or a server optimiser under a record-level plan",
             )
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One epsilon with all that it means. Print it whole or not at all.
-
-    Args:
-        epsilon: infinite where nothing is promised; None where the noise is reproducible, so that nothing can be.
-        delta: of the guarantee.
-        unit: whose presence is hidden.
-        relation: which data sets are neighbours.
-        adversary: against whom.
-        sampling: what the code does to draw units.
-        accountant: which one computed epsilon, with its version.
-        caveat: what the reader must know besides; empty if nothing.
-    """
-
-    epsilon: float | None
-    delta: float
-    unit: Unit
-    relation: Relation
-    adversary: Adversary
-    sampling: Sampling
-    accountant: str
-    caveat: str = ""
-
-
-NOT_PRIVATE: Final = "not private: the run is seeded, so its noise can be drawn again and taken off"
-REAL_NUMBERS: Final = "proved for real numbers; the noise is drawn in floating point"
-HIDDEN_COHORT: Final = "holds while cohort membership and size stay hidden"
-ZERO_OUT: Final = (
-    "neighbours: one client's updates are zero or are not; when it is asked is not hidden. Holds while the server asks nobody too often; the whole "
-    "run is spent with its first round"
-)
-SERVER_SEES_ALL: Final = "the server adds the noise, so it sees every update as it is"
-SITES_KNOW: Final = "sites that mask together know who takes part in a round, so nothing is gained by sampling"
-SERVER_SEES_SUM: Final = "the server adds the noise, so it sees each round's exact sum; single updates are masked"
-
-
-def claims(
-    plan: PrivacyPlan, epsilon: float, accountant: str, *, seeded: bool, masked: float | None = None
-) -> tuple[Claim, ...]:
-    """What a plan promises against each adversary.
-
-    Args:
-        plan: the plan.
-        epsilon: of its cost.
-        accountant: that computed it, with its version.
-        seeded: whether the run derives its noise from the study's seed.
-        masked: under secure aggregation, epsilon without what sampling gains; None without masks.
-    """
-    found = []
-    for adversary in Adversary:
-        value: float | None = epsilon
-        caveat = REAL_NUMBERS
-        if plan.unit is Unit.CLIENT and adversary is Adversary.SERVER:
-            value, caveat = math.inf, SERVER_SEES_ALL if masked is None else SERVER_SEES_SUM
-        elif masked is not None and isinstance(plan.sampling, FixedCohort) and adversary is Adversary.OTHER_SITES:
-            value, caveat = masked, f"{SITES_KNOW}; {REAL_NUMBERS}"
-        elif isinstance(plan.sampling, Spaced):
-            caveat = f"{ZERO_OUT}; {caveat}"
-        elif plan.unit is Unit.CLIENT and not isinstance(plan.sampling, Everyone):
-            caveat = f"{HIDDEN_COHORT}; {caveat}"
-        if seeded:
-            value, caveat = None, NOT_PRIVATE
-        found.append(Claim(value, plan.delta, plan.unit, plan.relation, adversary, plan.sampling, accountant, caveat))
-    return tuple(found)
 
 
 def _positive(name: str, value: float) -> None:

@@ -12,17 +12,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from fedlearn import events
+from fedlearn.privacy.claims import NOT_PRIVATE, claims
 from fedlearn.privacy.events import Cost, Gaussian, Repeated
-from fedlearn.privacy.plan import (
-    NOT_PRIVATE,
-    AdaptiveClip,
-    FixedCohort,
-    PoissonSampling,
-    PrivacyPlan,
-    Spaced,
-    Unit,
-    claims,
-)
+from fedlearn.privacy.plan import AdaptiveClip, FixedCohort, PoissonSampling, PrivacyPlan, Spaced, Unit
 from fedlearn.privacy.study import is_seeded, plan_of
 from fedlearn.release.round import RoundState
 
@@ -73,8 +65,8 @@ def released(study: Study, *, committed: int, attempts: int, rehearsal: bool) ->
     plan = plan_of(study)
     if plan is None:
         return None
-    # At client level only a committed round's noisy sum is released; a site's noisy updates leave with every attempt.
-    rounds = committed if plan.unit is Unit.CLIENT else attempts
+    # Where the server adds noise, only a committed round's noisy sum is released; what is noisy before it leaves does so with every attempt.
+    rounds = committed if plan.central else attempts
     seeded, masked = is_seeded(study, rehearsal=rehearsal), study.secure_aggregation.enabled
     return statement(plan, seeded=seeded, masked=masked, rounds=rounds, committed=committed)
 
@@ -97,7 +89,7 @@ def statement(
         `rehearsed_epsilon`, what the same run would cost with secret noise.
     """
     state = PLANNED if rounds is None else RELEASED
-    counted = _CENTRAL if rounds is not None and plan.unit is Unit.CLIENT else _COUNTED[state]
+    counted = _CENTRAL if rounds is not None and plan.central else _COUNTED[state]
     if plan.matrix is not None:
         counted = _WHOLE
     number = plan.rounds if rounds is None else rounds
@@ -134,6 +126,7 @@ def statement(
         **({} if plan.evaluation is None else _evaluation(plan.evaluation, evaluated)),
         "sampling": sampling_in_words(plan),
         "noise_multiplier": plan.noise_multiplier,
+        **({} if plan.shares is None else {"noise_by_clients": plan.shares.in_words}),
         **_clip(plan),
         "units_at_least": plan.units,
         "accountant": accountant,
@@ -215,6 +208,8 @@ def lines(value: Mapping[str, Any]) -> Iterator[str]:
     yield f"privacy: {headline(value)}"
     clip = f"clip {value['clip_l2']:g}" + (f" at first ({value['clipping']})" if value["clipping"] != "fixed" else "")
     yield f"  noise multiplier {value['noise_multiplier']:.4f}, {clip}; {value['sampling']}"
+    if value.get("noise_by_clients"):
+        yield f"  {value['noise_by_clients']}"
     if value.get("evaluations"):
         yield (
             f"  and {value['evaluations']} evaluations of test rows by noisy sums, noise multiplier "
@@ -249,6 +244,8 @@ def sampling_in_words(plan: PrivacyPlan) -> str:
                 f"{size} clients each round of those who are here, none twice in {separation} rounds or more than {times} times: nothing is "
                 "gained by sampling; the noise is correlated over the rounds (DP-FTRL), its multiplier relative to what one client moves in all"
             )
+    if plan.shares is not None:
+        return f"up to {plan.shares.clients} clients each round, whom the server picks: nothing is gained by sampling"
     return "every client each round: nothing is gained by sampling"
 
 

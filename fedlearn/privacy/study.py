@@ -23,10 +23,13 @@ from fedlearn.privacy.plan import (
     Spaced,
     Unit,
 )
+from fedlearn.privacy.shares import LEAST_SENSITIVITY, NoiseShares
+from fedlearn.secure_aggregation import stated_clients
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Array, Arrays
     from fedlearn.learning.task import Task
+    from fedlearn.privacy.distributed import DistributedPlan
     from fedlearn.privacy.ftrl import BufferedToeplitz
     from fedlearn.privacy.mechanisms import Chance
     from fedlearn.privacy.table import PrivacyTable
@@ -49,12 +52,79 @@ def plan_of(study: Study) -> PrivacyPlan | None:
     if study.privacy is None:
         return None
     cohort, every = study.cohort, study.evaluate.every
-    return _plan(study.privacy, study.rounds, cohort.size, cohort.rate, study.data.clients, every)
+    return _plan(study.privacy, study.rounds, cohort.size, cohort.rate, study.data.clients, every, _shares(study))
+
+
+def noise_plan(study: Study, length: int) -> DistributedPlan | None:
+    """How clients add noise to vectors of so many numbers; None where the study does not ask them to.
+
+    Raises:
+        StudyError: as `plan_of`; or a sum could wrap.
+    """
+    plan = plan_of(study)
+    if plan is None or plan.shares is None:
+        return None
+    assert study.privacy is not None
+    return _noise_plan(
+        plan.shares, study.privacy.clip_l2, plan.noise_multiplier, length, study.secure_aggregation.ring_bits or 0
+    )
+
+
+@lru_cache(maxsize=64)
+def _noise_plan(shares: NoiseShares, clip_l2: float, noise: float, length: int, ring_bits: int) -> DistributedPlan:
+    from fedlearn.privacy.distributed import DistributedPlan
+    from fedlearn.secagg.primitives import Suite
+
+    made = DistributedPlan(
+        length,
+        shares.clients,
+        shares.survivors,
+        clip_l2,
+        noise,
+        adversarial=shares.adversarial,
+        dropout=shares.dropout,
+        suite=Suite.P256_AES256,
+        ring_bits=ring_bits,
+    )
+    assert made.honest == shares.honest
+    if made.encoding.norm_bound < LEAST_SENSITIVITY:
+        raise StudyError(
+            f"privacy: distributed noise on {length} numbers has a sensitivity of {made.encoding.norm_bound:g} steps, the price "
+            f"holds from {LEAST_SENSITIVITY:g}"
+        )
+    return made
+
+
+def _shares(study: Study) -> NoiseShares | None:
+    table = study.secure_aggregation
+    if study.privacy is None or study.privacy.mechanism != "distributed":
+        return None
+    clients = stated_clients(study)
+    if clients is None:
+        raise StudyError(
+            "secure_aggregation.max_clients: missing; how much noise each client adds depends on how many there are",
+            hint="the most clients of a round: all sites of the study, or cohort.size",
+        )
+    survivors = study.privacy.survivors
+    if survivors is None:
+        missing = -(-clients * round(table.dropout * 1_000_000) // 1_000_000)
+        survivors = max(3, study.cohort.minimum, clients - missing)
+    if not max(3, study.cohort.minimum) <= survivors <= clients:
+        raise StudyError(
+            f"privacy.survivors: got {survivors}, expected {max(3, study.cohort.minimum)} to {clients}, the clients of a round"
+        )
+    return NoiseShares(clients, survivors, table.adversarial, table.dropout)
 
 
 @lru_cache(maxsize=64)
 def _plan(
-    table: PrivacyTable, rounds: int, size: int | None, rate: float | None, clients: int | None, every: int
+    table: PrivacyTable,
+    rounds: int,
+    size: int | None,
+    rate: float | None,
+    clients: int | None,
+    every: int,
+    shares: NoiseShares | None,
 ) -> PrivacyPlan:
     unit = Unit(table.unit)
     units = table.units
@@ -67,6 +137,8 @@ def _plan(
         )
     if table.mechanism == "ftrl":
         sampling: Sampling = _spaced(table, rounds, size, rate, units)
+    elif shares is not None:
+        sampling = Everyone()  # the server picks who takes part
     else:
         sampling = _client_sampling(size, rate, units) if unit is Unit.CLIENT else PoissonSampling(table.sampling_rate)
     plan = PrivacyPlan(
@@ -80,6 +152,7 @@ def _plan(
         1 if unit is Unit.CLIENT else table.steps,
         _matrix(table, rounds) if table.mechanism == "ftrl" else None,
         None if table.evaluation_noise is None else Evaluation(table.evaluation_noise, every),
+        shares,
     )
     if table.epsilon is None:
         return plan

@@ -30,9 +30,11 @@ class PrivacyTable(BaseModel):
     """Of adaptive: which quantile of the norms the clip follows."""
     clip_rate: Annotated[float, Field(gt=0, le=10)] = 0.2
     """Of adaptive: how fast it does."""
-    mechanism: Literal["gaussian", "ftrl"] = "gaussian"
+    mechanism: Literal["gaussian", "ftrl", "distributed"] = "gaussian"
     """Clients: gaussian draws each round's noise anew; ftrl lets it cancel the earlier rounds' (DP-FTRL), for clients that come when they can, so
-    that no draw amplifies anything."""
+    that no draw amplifies anything; distributed: each client adds a share of it under secure aggregation, so the server is not trusted with it."""
+    survivors: Annotated[int, Field(ge=3, le=10_000)] | None = None
+    """Of distributed: sums of fewer clients are not opened; the fewer, the more noise each adds. All of a round but secure_aggregation.dropout of them if not told."""
     min_separation: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Of ftrl: a client that was asked in round t is asked again in round t + min_separation at the earliest."""
     max_participations: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
@@ -71,6 +73,15 @@ class PrivacyTable(BaseModel):
         return self
 
     def _check_mechanism(self) -> None:
+        if self.survivors is not None and self.mechanism != "distributed":
+            raise ValueError('survivors: only for mechanism = "distributed"')
+        if self.mechanism == "distributed":
+            if self.unit != "client":
+                raise ValueError(f'mechanism: distributed is for unit = "client", got unit = "{self.unit}"')
+            if self.clipping == "adaptive":
+                raise ValueError(
+                    "clipping: adaptive does not go with distributed: clients round to steps that follow from the clip"
+                )
         if self.mechanism == "ftrl":
             if self.unit != "client":
                 raise ValueError(f'mechanism: ftrl is for unit = "client", got unit = "{self.unit}"')

@@ -118,6 +118,11 @@ def audit(
             f"{study.name}: asks for no privacy, so there is no claim to put to the test",
             hint="add a table [privacy], or --set privacy.unit=record --set privacy.epsilon=3 --set privacy.delta=1e-5",
         )
+    if plan.shares is not None:
+        raise UnsupportedError(
+            f"{study.name}: its clients add their noise in integers under masks, which this attack does not measure",
+            hint='the same study with privacy.mechanism = "gaussian" and no [secure_aggregation] can be audited',
+        )
     if not 0.5 < confidence < 1:
         raise StudyError(f"--confidence: got {confidence}, expected above 0.5 and below 1")
     if plan.unit is Unit.CLIENT and client is not None:

@@ -80,7 +80,7 @@ def secure_rounds(
 def encoded(vectors: Vectors, work: Work, fitted: Fitted) -> Vector:
     """A simulated client's vector."""
     key = rounding_key(vectors.study, work.round, fitted.client, rehearsal=True)
-    return vectors.encode(fitted.update, key, unit=vectors.unit_in(work.shared))
+    return vectors.encode(fitted.update, key, vectors.frame(work.round, work.shared))
 
 
 class MaskedClients:

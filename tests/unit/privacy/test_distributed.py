@@ -14,9 +14,9 @@ from scipy import special
 from fedlearn.errors import AccountingError, StudyError, UnsupportedError, UpdateError
 from fedlearn.privacy import accounting, rdp
 from fedlearn.privacy.budget import Budget, EpsilonCharger, StopRule
+from fedlearn.privacy.claims import NOT_PRIVATE, Adversary
 from fedlearn.privacy.distributed import DistributedPlan, calibrated, rotation_key_of
 from fedlearn.privacy.events import Cost, DiscreteGaussians, Gaussian, Relation, Repeated, Skellam, leaves
-from fedlearn.privacy.plan import NOT_PRIVATE, Adversary
 from fedlearn.release.charge import Charge
 from fedlearn.release.keys import AttemptId
 from fedlearn.secagg import (

@@ -15,11 +15,12 @@ from fedlearn.learning.local import initial_weights
 from fedlearn.learning.rows import NumberedIds
 from fedlearn.learning.update import DELTA
 from fedlearn.privacy.accounting import account, pld_epsilon
+from fedlearn.privacy.claims import Adversary, claims
 from fedlearn.privacy.events import Gaussian, Repeated
 from fedlearn.privacy.ftrl import Banded, inverse_coefficients
 from fedlearn.privacy.ftrl_run import KEY_BYTES, FtrlRun
 from fedlearn.privacy.mechanisms import seeded_chance
-from fedlearn.privacy.plan import AdaptiveClip, Adversary, Everyone, PoissonSampling, Spaced, Unit, claims
+from fedlearn.privacy.plan import AdaptiveClip, Everyone, PoissonSampling, Spaced, Unit
 from fedlearn.privacy.statement import planned, released
 from fedlearn.privacy.study import plan_of
 from fedlearn.privacy.what_if import alternatives

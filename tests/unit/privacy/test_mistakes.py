@@ -16,12 +16,12 @@ from fedlearn.errors import StudyError, UpdateError
 from fedlearn.learning.update import Update, Weighting
 from fedlearn.models.tabular import TabularNet
 from fedlearn.privacy.accounting import account, calibrate, pld_epsilon, rdp_epsilon
+from fedlearn.privacy.claims import REAL_NUMBERS, claims
 from fedlearn.privacy.clipping import central_release, contribute
 from fedlearn.privacy.dpsgd import DpSgd
 from fedlearn.privacy.events import Composed, Cost, Gaussian, Repeated
 from fedlearn.privacy.mechanisms import seeded_chance
 from fedlearn.privacy.plan import (
-    REAL_NUMBERS,
     AdaptiveClip,
     Everyone,
     FixedClip,
@@ -29,7 +29,6 @@ from fedlearn.privacy.plan import (
     PoissonSampling,
     PrivacyPlan,
     Unit,
-    claims,
 )
 
 SILOS = PrivacyPlan(Unit.CLIENT, Everyone(), FixedClip(1.0), 5.0, 1e-5, units=5, rounds=30)

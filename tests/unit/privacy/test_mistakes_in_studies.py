@@ -18,8 +18,9 @@ from fedlearn.learning.federation import Federation, Outcome
 from fedlearn.learning.local import initial_weights
 from fedlearn.learning.update import DELTA, UNCLIPPED, Update
 from fedlearn.privacy.accounting import account, rdp_epsilon
+from fedlearn.privacy.claims import REAL_NUMBERS
 from fedlearn.privacy.clipping import COUNT
-from fedlearn.privacy.plan import REAL_NUMBERS, Everyone, FixedCohort, PoissonSampling
+from fedlearn.privacy.plan import Everyone, FixedCohort, PoissonSampling
 from fedlearn.privacy.statement import planned
 from fedlearn.privacy.study import CLIP, plan_of
 from fedlearn.release.journal import DictJournal

@@ -9,17 +9,16 @@ import pytest
 
 from fedlearn.errors import StudyError, UnsupportedError
 from fedlearn.learning.update import Weighting
+from fedlearn.privacy.claims import Adversary, claims
 from fedlearn.privacy.events import Gaussian, PoissonSampled, Relation, Repeated, SampledWithoutReplacement
 from fedlearn.privacy.plan import (
     AdaptiveClip,
-    Adversary,
     Everyone,
     FixedClip,
     FixedCohort,
     PoissonSampling,
     PrivacyPlan,
     Unit,
-    claims,
 )
 from strategies.fedavg import FedAvg
 from strategies.krum import Krum

@@ -79,9 +79,9 @@ def opened_sums(sim):
         works[work.round] = work
         return train(machine, work)
 
-    def watched(sum_, shared):
+    def watched(sum_, round_, shared):
         found[max(works)] = [*sum_.decoded.integers.tolist(), sum_.decoded.weight]
-        return opened(sum_, shared)
+        return opened(sum_, round_, shared)
 
     sim.secure.opened, sim.secure.train = watched, watched_train
     sim.run()
