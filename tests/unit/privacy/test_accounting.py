@@ -141,6 +141,20 @@ def test_without_replacement_equals_the_other_implementation():
         assert account(cost, 1e-5).reported.accountant.startswith("fedlearn RDP")
 
 
+@given(
+    population=st.integers(2, 400),
+    share=st.floats(0.01, 1.0),
+    sigma=st.floats(0.6, 30.0),
+    count=st.integers(1, 300),
+)
+@settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.generate])
+def test_a_fixed_cohort_costs_no_more_than_everybody_and_both_accountants_say_so(population, share, sigma, count):
+    size = max(1, math.floor(share * population))
+    sampled = Repeated(SampledWithoutReplacement(size, population, Gaussian(sigma)), count)
+    answer = account(Cost(sampled, Relation.REPLACE_ONE), 1e-5)
+    assert answer.reported.epsilon <= rdp_epsilon(Cost(Repeated(Gaussian(sigma), count), Relation.REPLACE_ONE), 1e-5)
+
+
 def test_small_noise_costs_a_lot_and_is_not_nan():
     cost = sampled(0.05, 1.0, 10)
     assert rdp_epsilon(cost, 1e-5) > 100
@@ -180,6 +194,7 @@ def test_events_of_another_relation_are_refused():
         (Bound(Method.PLD, "a", 2.9), Bound(Method.PRV, "c", 3.0, 2.99, 3.01)),
         (Bound(Method.RDP, "b", 3.1), Bound(Method.RDP, "d", 3.0)),
         (Bound(Method.RDP, "b", 3.0), Bound(Method.RDP, "d", 3.1)),
+        (Bound(Method.RDP, "b", 3.1), Bound(Method.MOST, "d", 3.0)),
         (Bound(Method.PLD, "a", math.nan), Bound(Method.RDP, "b", 3.0)),
         (Bound(Method.PLD, "a", math.inf), Bound(Method.RDP, "b", 3.0)),
     ],
