@@ -65,6 +65,11 @@ def secure_rounds(
             f"secure aggregation: rounds of {cohort} clients, the plan has room for {vectors.plan.encoding.clients}",
             hint=f"set secure_aggregation.max_clients = {cohort}, or cohort.size",
         )
+    if cohort < vectors.plan.minimum:
+        raise UnsupportedError(
+            f"secure aggregation: rounds of {cohort} clients, and sums of fewer than {vectors.plan.minimum} are not opened",
+            hint="set secure_aggregation.max_clients to how many there are, lower privacy.survivors, or raise cohort.size",
+        )
     if table.mode == "equivalent" or (table.mode == "auto" and cohort > EXACT_CLIENTS):
         return EquivalentRounds(vectors, backend)
     if vectors.plan.agrees(cohort):

@@ -17,6 +17,7 @@ from fedlearn.learning.messages import MASKED, PRIVATE, decode_facts, from_recor
 from fedlearn.link.tls import Role, create_authority, issue
 from tests.support.memory_grid import MemoryGrid, Node, nodes_of
 from tests.support.runs import run_server_app
+from tests.support.shared_noise import noisy_study
 from tests.support.tiny_task import CLIENTS, tiny_study
 
 MASKS = ("secure_aggregation.enabled=true", "secure_aggregation.max_examples=20", "task.options={hidden=6}")
@@ -48,6 +49,13 @@ def test_a_masked_run_on_flower_ends_with_the_simulations_bytes(strategy):
     rounds, each = 3, len(CLIENTS)
     assert asked.count(Exchange.CHECK_IN) == each, "from the second round on keys ride on the answers before"
     assert (asked.count(Exchange.SHARE), asked.count(Exchange.TRAIN)) == (rounds * each, rounds * each)
+
+
+def test_clients_on_flower_add_the_noise_that_a_simulation_adds():
+    study = noisy_study("task.options={hidden=6}")
+    run = run_server_app(study, MemoryGrid(nodes_of(CLIENTS), order=3))
+    assert not run.of(events.ClientDropped)
+    assert digest(run.model) == simulated(study)
 
 
 def test_what_an_attempt_keeps_is_gone_after_it():

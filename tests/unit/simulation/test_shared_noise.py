@@ -1,0 +1,79 @@
+"""Studies whose clients add the noise, in simulations: every mask or none to the same bits, and as much noise as the plan says."""
+
+from __future__ import annotations
+
+import pytest
+
+import fedlearn
+from fedlearn import arrays, events
+from fedlearn.app import load_app
+from fedlearn.data.population import build_population
+from fedlearn.errors import UnsupportedError
+from fedlearn.simulation.audit import audit
+from fedlearn.simulation.prepare import Ready
+from fedlearn.simulation.sequential import SequentialBackend
+from fedlearn.simulation.workspace import Setting
+from fedlearn.tasks import load_task
+from tests.support.shared_noise import assert_noise, noise_std, noisy_study, steps_of
+
+CROWD = (
+    *("data.partition=iid", "data.clients=18", "data.folds=1", "cohort.size=12", "cohort.wait_for=12"),
+    *("secure_aggregation.max_clients=none", "privacy.units=18", "privacy.survivors=10"),
+)
+
+
+def simulated(study):
+    seen: list[events.Event] = []
+    return fedlearn.simulate(study, emit=seen.append), seen
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("strategy.name=scaffold",), ("strategy.name=fedadam", "cohort.size=3", "rounds=5"), CROWD],
+    ids=["fedavg", "scaffold", "three of four", "twelve of eighteen"],
+)
+def test_with_every_mask_and_without_one_gives_the_same_bits(overrides):
+    study = noisy_study("task.options={hidden=6}", *overrides)
+    exact, _ = simulated(study.with_overrides(["secure_aggregation.mode=exact"]))
+    equivalent, _ = simulated(study.with_overrides(["secure_aggregation.mode=equivalent"]))
+    assert arrays.digest(exact.weights) == arrays.digest(equivalent.weights)
+
+
+def test_vanishing_clients_leave_noise_or_void_the_round_in_both_modes():
+    study = noisy_study("task.options={hidden=6}", *CROWD, "environment.dropout=0.15", "rounds=6")
+    exact, seen = simulated(study.with_overrides(["secure_aggregation.mode=exact"]))
+    equivalent, other = simulated(study.with_overrides(["secure_aggregation.mode=equivalent"]))
+    assert arrays.digest(exact.weights) == arrays.digest(equivalent.weights)
+    kinds = (events.RoundVoid, events.ClientDropped, events.RoundFinished)
+    assert [type(e) for e in seen if isinstance(e, kinds)] == [type(e) for e in other if isinstance(e, kinds)]
+    assert any(isinstance(event, events.ClientDropped) for event in seen)
+    assert all(event.clients >= 10 for event in seen if isinstance(event, events.RoundFinished))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_open_sum_has_the_plans_noise_whoever_vanishes(dropout, monkeypatch):
+    """The environment's clients that vanish take their noise with them; what is left is what the plan says of so many."""
+    vanishing = ("environment.dropout=0.1",) if dropout else ()
+    study = noisy_study("rounds=12", "task.options={hidden=150}", *CROWD, *vanishing, "train.lr=0.001")
+    models, fit = [], SequentialBackend.fit
+
+    def watched(backend, work):
+        if work.attempt == 1:
+            models.append(work.model)
+        return fit(backend, work)
+
+    monkeypatch.setattr(SequentialBackend, "fit", watched)
+    seen: list[events.Event] = []
+    models.append(fedlearn.simulate(study, backend="sequential", emit=seen.append).weights)
+    clients = [event.clients for event in seen if isinstance(event, events.RoundFinished)]
+    assert dropout == (min(clients) < 12)
+    length = sum(array.size for array in models[0].values())
+    assert_noise(steps_of(models), [noise_std(study, length, n) for n in clients])
+
+
+def test_an_audit_says_that_it_cannot_look_at_this_noise():
+    study = noisy_study()
+    task = load_task(study.task.name, study.task.options)
+    given = Ready(study, build_population(study, task), load_app().strategy("fedavg", {}), Setting())
+    with pytest.raises(UnsupportedError, match="under masks"):
+        audit(given)
