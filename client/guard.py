@@ -65,7 +65,7 @@ class Guard:
 
     @property
     def admission(self) -> Charge | None:
-        """What is charged before a run's first update: all of it where the server draws and adds noise; see `PrivacyPlan.central`."""
+        """What is charged when this site says that it takes part: all of it where the server draws and adds noise; see `PrivacyPlan.central`."""
         return Charge(self.account, self.plan.cost().to_text()) if self.plan.central else None
 
     def charge(self, request: Request) -> Charge | None:

@@ -143,10 +143,15 @@ class Site:
         )
 
     async def _described(self, message: Message, request: Request, guard: Guard) -> RecordDict:
-        """Who this site is, and no more; only where the run's first charge has room."""
+        """Who this site is, and no more; only where the run's first charge has room.
+
+        To say so is to take part. A plan whose sampling is accounted over all rounds is charged here: whether this site is ever drawn is
+        the coordinator's secret, and no ledger's business.
+        """
         if request.exchange is not Exchange.DESCRIBE:
             raise PolicyRefusedError(f"plan: {request.exchange.value} has no place in a study with a privacy plan")
-        if (refused := await self._outbox.at_gate(self._gate.foresee, request.run, guard.first())) is not None:
+        take_part = self._gate.foresee if guard.admission is None else self._gate.admit
+        if (refused := await self._outbox.at_gate(take_part, request.run, guard.first())) is not None:
             raise refusal(refused)
         reply, _ = await self._compute(message, request.run, None, guard)
         return guard.description(reply.content, str(self._node_config["client-id"]))
@@ -192,7 +197,7 @@ class Site:
         return await self._outbox.released(key, lambda: self._gate.reserve(key, base=base, charge=charge), train, seal)
 
     def _charge(self, request: Request, guard: Guard) -> Charge | None:
-        """What an update costs, once the run is admitted where its plan is charged whole."""
+        """What an update costs. A run that is charged whole and was never asked who this site is, is charged now."""
         charge = guard.charge(request)
         guard.check_turn(request, {r.key.round for r in self._gate.releases(request.run) if r.key.exchange == TRAIN})
         if guard.admission is not None and (refused := self._gate.admit(request.run, guard.admission)) is not None:

@@ -95,11 +95,12 @@ async def test_a_budget_that_is_spent_refuses_with_the_numbers(tmp_path):
     assert f"spent {state.epsilon:.6f}"[:12] in refused.message
 
 
-async def test_a_client_level_run_is_charged_whole_with_its_first_update(tmp_path):
+async def test_a_client_level_run_is_charged_whole_when_the_site_says_that_it_takes_part(tmp_path):
+    """Whether it is ever drawn is a secret that the guarantee rests on: the ledger says the same either way."""
     whole, retry = plan_of(CLIENT).cost().to_text(), plan_of(CLIENT).cost(1).to_text()
     with private_site(tmp_path / "s") as one:
         await one.site.handle(ask(CLIENT, exchange=Exchange.DESCRIBE))
-        assert one.costs(CLIENTS) == []
+        assert one.costs(CLIENTS) == [whole]
         for number in (1, 2, 3):
             await one.site.handle(ask(CLIENT, number))
         assert one.costs(CLIENTS) == [whole]
