@@ -18,6 +18,7 @@ from fedlearn import arrays as named
 from fedlearn import events
 from fedlearn.clock import Clock, SystemClock
 from fedlearn.errors import LocalProtocolError, RunFailedError, StateError, UpdateError
+from fedlearn.learning.attendance import FIRST, Attendance
 from fedlearn.learning.averages import l2_norm, mean_metrics, weighted_mean
 from fedlearn.learning.backend import Backend, Failed, Fitted, Said, Scored, Summed, Work
 from fedlearn.learning.checkpoint import PARTS, broadcast_digest, state_from_bytes, state_to_bytes
@@ -116,7 +117,10 @@ class Federation:
         self._study, self._run, self._strategy, self._backend = study, run, strategy, backend
         self._journal, self._metric, self._emit, self._should_stop = journal, metric, emit, should_stop
         self._clock = clock if clock is not None else SystemClock()
-        self._may_join, self._conditions = may_join, conditions
+        self._conditions = conditions
+        self._attendance = Attendance(
+            study, run, backend, journal, strategy.min_clients, self._central, conditions, may_join
+        )
         self._statements = Statements(study, run, emit, rehearsal=rehearsal)
         self._chain = chain_of(study)
         self._initial = initial
@@ -147,7 +151,7 @@ class Federation:
             self._conditions.resume(self.history())
         try:
             clients = self._gather()
-            self._population = self._fixed_population(len(clients))
+            self._population = self._attendance.population(len(clients))
             self._statements.begin()
             self._emit(
                 events.RunStarted(
@@ -209,7 +213,7 @@ class Federation:
             at = step.key.at
         else:
             at = step.at
-            roster = cohort = self._cohort(at)
+            roster = cohort = self._attendance.cohort(at)
             self._machine.begin(at, cohort, digest)
         self._emit(events.RoundStarted(self._run, at.round, at.attempt, len(cohort)))
         losses: dict[str, tuple[float, int]] = {}
@@ -368,64 +372,14 @@ class Federation:
             self._study.runtime.deadline_s,
         )
 
-    def _cohort(self, at: AttemptId) -> tuple[str, ...]:
-        if self._conditions is not None:
-            return self._conditions.cohort(at)
-        clients = self._wait_for_clients()
-        if self._central is not None:
-            return self._central.cohort(self._everybody(clients), at)
-        return pick_cohort(clients, self._study.cohort.size, self._study.seed, "train", at.round)
-
     def _gather(self) -> Sequence[str]:
         """The clients to start with. A resumed run gives those of its first start time to come back, so that it ends as it would have."""
         step = self._machine.next_step
         past = step == _past_the_last(self._study.rounds)
         if isinstance(step, RunOver) or (past and not self._evaluation_due()):
             return self._backend.clients()
-        here: Sequence[str] = ()
-        if (known := self._journal.get(self._place("population"))) is not None:
-            runtime = self._study.runtime
-            here = self._backend.clients(int(known), min(runtime.wait_s, runtime.deadline_s))
-        return here if past else self._wait_for_clients()
-
-    def _wait_for_clients(self) -> Sequence[str]:
-        table = self._study.cohort
-        first = self._may_join and self._machine.next_step == Begin(AttemptId(1, 1))
-        least = max(table.minimum, self._strategy.min_clients)
-        planned = self._central.least_clients if self._central is not None else 0
-        needed = max(table.wait_for or table.size or 0, least, planned) if first else least
-        clients = self._backend.clients(needed, self._study.runtime.wait_s)
-        if len(clients) < needed:
-            refused = "".join(f"; refused: {why}" for why in dict.fromkeys(getattr(self._backend, "refusals", ())))
-            raise RunFailedError(
-                f"run {self._run}: {len(clients)} clients connected within {self._study.runtime.wait_s:g} s, needs {needed}{refused}",
-                hint="start the missing clients, or lower cohort.wait_for, cohort.size or cohort.minimum",
-            )
-        return clients
-
-    def _everybody(self, here: Sequence[str]) -> Sequence[str]:
-        """All whom a client-level plan counts on: those of the run's beginning. A simulation's are always here.
-
-        Correlated noise counts on nobody: clients come when they can.
-        """
-        if not self._may_join or (self._central is not None and self._central.ftrl is not None):
-            return here
-        place = self._place("everybody")
-        if (known := self._journal.get(place)) is not None:
-            return tuple(json.loads(known))
-        self._journal.write({place: json.dumps(list(here)).encode()})
-        return here
-
-    def _fixed_population(self, connected: int) -> int:
-        """How many clients the study has: settled when the run begins, since server rules depend on it."""
-        place = self._place("population")
-        if (known := self._journal.get(place)) is not None:
-            return int(known)
-        if self._central is not None:
-            self._central.check_population(connected)
-        opening = {} if self._central is None else self._central.opening()
-        self._journal.write({**opening, place: str(connected).encode()})
-        return connected
+        here = self._attendance.returned()
+        return here if past else self._attendance.wait(first=step == Begin(FIRST))
 
     def _load_state(self) -> ServerState:
         data = self._journal.get(self._place("checkpoint"))

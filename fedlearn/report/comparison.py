@@ -123,8 +123,11 @@ def compare(study: Study, federated: bytes | None = None) -> Comparison:
     population = build_population(study, task)
     quiet = study.with_overrides(["evaluate.every=0"])
     alone = type(study).model_validate(quiet.model_dump() | {"cohort": {}, "privacy": None, "secure_aggregation": {}})
-    secret = federated is not None and study.privacy is not None and not study.privacy.seeded
-    simulated = arrays.from_bytes(federated) if secret else simulate_population(quiet, population).weights
+    secret = study.privacy is not None and not study.privacy.seeded
+    if federated is not None and secret:
+        simulated: Arrays = arrays.from_bytes(federated)
+    else:
+        simulated = simulate_population(quiet, population).weights
     fields = {f.name: getattr(population, f.name) for f in dataclasses.fields(population) if f.name != "_cache"}
     pooled = simulate_population(alone, Together(**fields)).weights
     model = build_model(task, study.seed)
@@ -143,7 +146,7 @@ def compare(study: Study, federated: bytes | None = None) -> Comparison:
         {client: len(population.client(client).test) for client in population.rows},
         {client: _label_counts(task, population.client(client).test) for client in population.rows},
         scores,
-        identical=None if secret else federated is None or arrays.to_bytes(simulated) == federated,
+        identical=None if federated is None or secret else arrays.to_bytes(simulated) == federated,
         title=study.description or study.name,
     )
 
