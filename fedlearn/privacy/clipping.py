@@ -17,7 +17,7 @@ import numpy as np
 from fedlearn.errors import UpdateError
 from fedlearn.learning.postprocess import ClipL2, joint_l2_norm
 from fedlearn.learning.update import UNCLIPPED, Aggregate, Update
-from fedlearn.privacy.plan import AdaptiveClip, FixedCohort, PoissonSampling, PrivacyPlan, Spaced
+from fedlearn.privacy.plan import CLIPS, AdaptiveClip, FixedCohort, PoissonSampling, PrivacyPlan, Spaced
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Array, Arrays
@@ -151,8 +151,9 @@ def next_clip(
 ) -> float:
     """The next clip: longer where fewer contributions than the quantile were within it, shorter where more were.
 
-    Bits are counted as +1/2 and -1/2, which halves their sensitivity (Andrew et al. 2021, section 3.2).
+    Bits are counted as +1/2 and -1/2, which halves their sensitivity (Andrew et al. 2021, section 3.2). It stays within `CLIPS`: a
+    study names rate and quantile, and could let it run to where float32 has no noise.
     """
     noisy = unclipped - contributions / 2 + float(chance.normal(1, plan.count_noise)[0])
     share = min(max(noisy / denominator(plan) + 0.5, 0.0), 1.0)
-    return clip_l2 * math.exp(-clipping.rate * (share - clipping.quantile))
+    return min(max(clip_l2 * math.exp(-clipping.rate * (share - clipping.quantile)), CLIPS[0]), CLIPS[1])

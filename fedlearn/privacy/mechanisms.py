@@ -24,6 +24,8 @@ from fedlearn import seeds
 _BLOCK: Final = 1 << 14  # words a turn: all of its arrays stay in a core's cache
 _ZEROS: Final = bytes(8 * _BLOCK)
 _DOMAIN: Final = b"fedlearn/chance/v1"
+_SINGLE: Final = (1e-15, 1e18)
+"""Standard deviations in float32: the squares of smaller ones would be rounded to 0, and there would be no noise; those of larger ones are infinite."""
 
 
 class Chance:
@@ -73,6 +75,9 @@ class Chance:
         Args:
             to: float32 or float64, contiguous, any shape. Angles are in its precision, radii are drawn in double.
             std: of the numbers.
+
+        Raises:
+            ValueError: float32 has no squares for this `std`, or the array is of another kind.
         """
         self.add_normals([to], std)
 
@@ -89,6 +94,10 @@ class Chance:
                     f"noise: got an array of {array.dtype}, expected contiguous ones of float32 or float64"
                 )
         left = sum(map(len, flats))
+        if left and flats[0].dtype == np.dtype("f4") and not _SINGLE[0] <= std <= _SINGLE[1]:
+            raise ValueError(
+                f"noise: got a standard deviation of {std:g} in float32, expected {_SINGLE[0]:g} to {_SINGLE[1]:g}"
+            )
         targets = iter(flats)
         target = flats[0][:0] if flats else np.empty(0, dtype="f4")
         while left:

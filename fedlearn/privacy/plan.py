@@ -92,6 +92,8 @@ class Spaced:
 
 
 Sampling = PoissonSampling | FixedCohort | Everyone | Spaced
+CLIPS: Final = (1e-9, 1e9)
+"""The shortest and the longest clip. Far beyond, float32 rounds noise to 0 but not what it is to hide, or makes it infinite."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class FixedClip:
     clip_l2: float
 
     def __post_init__(self) -> None:
-        _positive("clip_l2", self.clip_l2)
+        _check_clip(self.clip_l2)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class AdaptiveClip:
     """The clip follows a quantile of the norms (Andrew et al. 2021, "Differentially private learning with adaptive clipping").
 
     Args:
-        initial_l2: the clip of the first release.
+        initial_l2: the clip of the first release. No later one is beyond `CLIPS`.
         quantile: which quantile of the norms it follows, above 0 and below 1.
         rate: of the geometric update, eta in their algorithm 1.
         count_share: share of the privacy that the noisy count of unclipped contributions takes, above 0 and below 1: the count's
@@ -122,7 +124,7 @@ class AdaptiveClip:
     count_share: float = 0.01
 
     def __post_init__(self) -> None:
-        _positive("initial_l2", self.initial_l2)
+        _check_clip(self.initial_l2)
         _positive("rate", self.rate)
         for name, value in (("quantile", self.quantile), ("count_share", self.count_share)):
             if not 0 < value < 1:
@@ -366,6 +368,14 @@ class PrivacyPlan:
                 f"privacy: {strategy.name} keeps memory made of raw gradients, which the noise does not cover",
                 hint="take fedavg, fedprox or a server optimiser under a record-level plan",
             )
+
+
+def _check_clip(value: float) -> None:
+    if not CLIPS[0] <= value <= CLIPS[1]:
+        raise StudyError(
+            f"privacy: clip_l2: got {value:g}, expected {CLIPS[0]:g} to {CLIPS[1]:g}",
+            hint="scale the loss or the data, not the clip",
+        )
 
 
 def _positive(name: str, value: float) -> None:

@@ -1,0 +1,54 @@
+"""What an epsilon rests on beyond its formula: a study, which a server writes, cannot take the noise or the secrets away."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedlearn.errors import StudyError
+from fedlearn.privacy.clipping import next_clip
+from fedlearn.privacy.dpsgd import DpSgd
+from fedlearn.privacy.mechanisms import secret_chance, seeded_chance
+from fedlearn.privacy.plan import CLIPS, AdaptiveClip, FixedClip, PoissonSampling, PrivacyPlan, Unit
+
+PLAN = PrivacyPlan(Unit.RECORD, PoissonSampling(1.0), FixedClip(1.0), 1.0, 1e-4, units=8, rounds=1, steps=40)
+
+
+@pytest.mark.parametrize("clip_l2", [1e-25, 9e-10, 1.1e9, 1e25, float("inf"), float("nan")])
+def test_no_study_asks_for_a_clip_whose_noise_float32_cannot_hold(clip_l2):
+    # At 1e-25 every number of the noise was 0, and the clipped gradient was there, for a learning rate of 1e25 to show.
+    for clipping in (FixedClip, AdaptiveClip):
+        with pytest.raises(StudyError, match="clip_l2"):
+            clipping(clip_l2)
+
+
+def test_no_adaptive_clip_runs_to_where_there_is_no_noise():
+    clipping = AdaptiveClip(1.0, quantile=1e-6, rate=10.0)
+    clip = 1.0
+    for _ in range(100):
+        clip = next_clip(replace(PLAN, clipping=clipping), clipping, clip, 8, 8, seeded_chance(1))
+    assert clip == CLIPS[0]
+    model = nn.Linear(3, 2)
+    x = torch.randn(8, 3)
+    dp = DpSgd(
+        model, lambda rows: model(x[rows]).square().sum(1), 8, replace(PLAN, clipping=clipping), seeded_chance(2)
+    )
+    for _ in range(PLAN.steps):
+        found = dp.gradient()
+    assert all(bool((value != 0).all()) for value in found.values())
+
+
+@pytest.mark.parametrize("std", [1e-25, 1e-16, 1e19, float("inf"), float("nan"), 0.0])
+def test_noise_that_float32_cannot_hold_is_refused(std):
+    with pytest.raises(ValueError, match="noise"):
+        secret_chance().normal(4, std, np.float32)
+
+
+@pytest.mark.parametrize("std", [1e-15, 1e18])
+def test_noise_at_the_ends_of_float32_is_what_was_asked_for(std):
+    found = seeded_chance(1, "ends").normal(20_000, std, np.float32).astype(np.float64) / std
+    assert abs(found.std() - 1) < 0.03
