@@ -21,7 +21,7 @@ from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange
 from fedlearn.learning.checkpoint import broadcast_digest
 from fedlearn.learning.strategy import ServerState
-from fedlearn.learning.vectors import SUITE, Vectors, masking_plan, rounding_key, subject_of
+from fedlearn.learning.vectors import SUITE, Vectors, masking_plan, rounding_key, subject_of, surplus_draw
 from fedlearn.release.keys import AttemptId
 from fedlearn.secagg.breach import Breach, SecureAggregationError
 from fedlearn.secagg.client import Identity
@@ -114,8 +114,9 @@ class FlowerMasks:
             raise SecureAggregationError(Breach.REPLAY, f"the update of {at} has left already")
         subject = subject_of(self._study, broadcast_digest(ServerState(request.model, request.shared)))
         key = rounding_key(self._study, request.round, self._client)
-        vector = vectors.encode(update, key, vectors.frame(request.round, request.shared))
-        body = self._again(request.run, at, vectors.plan, kept).mask(at, subject, request.body, vector)
+        session, frame = self._again(request.run, at, vectors.plan, kept), vectors.frame(request.round, request.shared)
+        vector = vectors.encode(update, key, frame, session.surplus_key(at, subject, request.body))
+        body = session.mask(at, subject, request.body, vector)
         self._keep(request.run, at, replace(kept, delivery=request.body))
         entry = b""
         if request.round < self._study.rounds:
@@ -137,7 +138,7 @@ class FlowerMasks:
         if kept.entries and kept.entries != request.body:
             raise SecureAggregationError(Breach.EQUIVOCATION, "got another roster than before")
         kept = replace(kept, subject=subject_of(self._study, request.model_digest), entries=request.body)
-        shares = self._fresh(request.run, kept).share(at, plan, kept.subject, kept.entries)
+        shares = self._shared(self._fresh(request.run, kept), at, plan, kept)
         for name in [name for name in self._state if name.startswith(PREFIX)]:
             if name < _place(request.run, at) or not name.startswith(_place(request.run)):
                 del self._state[name]  # what is over, of this run and of others
@@ -150,10 +151,14 @@ class FlowerMasks:
         if not kept.entries:
             raise SecureAggregationError(Breach.UNEXPECTED, f"no roster of {at} came here")
         session = self._fresh(run, kept)
-        session.share(at, plan, kept.subject, kept.entries)
+        self._shared(session, at, plan, kept)
         if kept.delivery:
             session.skip_masking(at, kept.subject, kept.delivery)
         return session
+
+    def _shared(self, session: MaskingSession, at: AttemptId, plan: Plan, kept: _Kept) -> bytes:
+        surplus = surplus_draw(self._study, at.round, self._client)
+        return session.share(at, plan, kept.subject, kept.entries, surplus=surplus)
 
     def _fresh(self, run: str, kept: _Kept) -> MaskingSession:
         enrolment: Enrolment

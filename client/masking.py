@@ -15,7 +15,7 @@ from fedlearn.arrays import specs_of
 from fedlearn.errors import RemoteProtocolError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange
-from fedlearn.learning.vectors import Vectors, masking_plan, rounding_key, subject_of
+from fedlearn.learning.vectors import Vectors, masking_plan, rounding_key, subject_of, surplus_draw
 from fedlearn.release.keys import AttemptId
 from fedlearn.secagg.breach import SecureAggregationError
 from fedlearn.secagg.session import MaskingSession
@@ -100,7 +100,8 @@ class Masks:
         plan = masking_plan(self._study, request.length)
         if request.exchange is Exchange.CHECK_IN:
             return messages.encode_said(b"", session.check_in(at, plan))
-        return messages.encode_said(session.share(at, plan, self._subject(request), request.body))
+        surplus = surplus_draw(self._study, request.round, self._masking.client)
+        return messages.encode_said(session.share(at, plan, self._subject(request), request.body, surplus=surplus))
 
     def expect(self, request: Request) -> None:
         """Take what the others sealed for this site, before it trains.
@@ -129,9 +130,13 @@ class Masks:
                 f"message: keys were agreed for {request.length} numbers, an update of this model has {vectors.length}"
             )
         key = rounding_key(study, request.round, self._masking.client)
-        vector = vectors.encode(messages.decode_update(reply), key, vectors.frame(request.round, request.shared))
-        session, at = self._session(request)
-        body = session.mask(at, self._subject(request), request.body, vector, threads=self._masking.threads)
+        (session, at), subject = self._session(request), self._subject(request)
+        frame, surplus_key = (
+            vectors.frame(request.round, request.shared),
+            session.surplus_key(at, subject, request.body),
+        )
+        vector = vectors.encode(messages.decode_update(reply), key, frame, surplus_key)
+        body = session.mask(at, subject, request.body, vector, threads=self._masking.threads)
         return messages.encode_said(body)
 
     def next_check_in(self, request: Request) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from fedlearn.errors import LocalProtocolError
@@ -41,6 +41,11 @@ class SecureSum(Protocol):
     @property
     def decoded(self) -> Decoded:
         """The open sum."""
+        ...
+
+    @property
+    def surplus_keys(self) -> Sequence[bytes]:
+        """Keys of surplus noise that were opened with it."""
         ...
 
 
@@ -89,7 +94,7 @@ class OpenSum:
 
     def totals(self) -> Mapping[str, Mapping[str, npt.NDArray[np.float64]]]:
         """The exact sum of what the clients encoded, by release."""
-        return self._vectors.totals(self._sum.decoded, self._frame)
+        return self._vectors.totals(self._sum.decoded, self._frame, self._sum.surplus_keys)
 
     def aggregate(self, population: int) -> Aggregate:
         """The weighted means.
@@ -97,7 +102,8 @@ class OpenSum:
         Raises:
             UpdateError: it cannot be a sum of encoded updates.
         """
-        return self._vectors.aggregate(self._sum.decoded, self._sum.clients, population, self._frame)
+        opened, keys = self._sum.decoded, self._sum.surplus_keys
+        return self._vectors.aggregate(opened, self._sum.clients, population, self._frame, keys)
 
 
 class MaskedSum:
@@ -135,6 +141,10 @@ class MaskedSum:
     @property
     def decoded(self) -> Decoded:
         return self._here.total
+
+    @property
+    def surplus_keys(self) -> Sequence[bytes]:
+        return self._here.surplus_keys
 
     @property
     def _here(self) -> MaskedAttempt:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.learning.strategy import Strategy
     from fedlearn.privacy.distributed import DistributedPlan
+    from fedlearn.secagg.primitives import Draw
     from fedlearn.secagg.ring import Vector
     from fedlearn.study import Study
 
@@ -161,13 +162,14 @@ class Vectors:
         assert self.study.privacy is not None
         return Frame(clip_in(self.study.privacy, shared))
 
-    def encode(self, update: Update, key: bytes, frame: Frame = Frame()) -> Vector:
+    def encode(self, update: Update, key: bytes, frame: Frame = Frame(), surplus_key: bytes | None = None) -> Vector:
         """An update as ring elements, clipped and rounded, and with this client's share of the noise where clients add it.
 
         Args:
             update: of one client.
             key: what the rounding and the noise follow from; see `rounding_key`.
             frame: of the round.
+            surplus_key: `MaskingSession.surplus_key`, where surplus noise is taken off.
 
         Raises:
             UpdateError: it holds other arrays than it should, is not finite, or has no examples.
@@ -198,19 +200,26 @@ class Vectors:
         if self.noise is None:
             return self.plan.encoding.encode(flat, weight, key)
         keys = (derive(key, f"noisy vector {number}".encode()) for number in itertools.count())
-        return self.noise.encode(flat, frame.rotation, lambda size: next(keys)[:size])
+        return self.noise.encode(flat, frame.rotation, lambda size: next(keys)[:size], surplus_key)
 
     def _widened(self, unit: float) -> bool:
         plain = unit == 1.0 and all(release.weighting is Weighting.EXAMPLES for release in self.releases)
         return not plain or any(spec.dtype == "float64" for specs in self.releases.values() for spec in specs.values())
 
-    def totals(self, sum_: Decoded, frame: Frame = Frame()) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
+    def totals(
+        self, sum_: Decoded, frame: Frame = Frame(), surplus_keys: Sequence[bytes] = ()
+    ) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
         """By release the sum over clients, float64: of share times array where examples weigh, of the array where each counts once.
+
+        Args:
+            sum_: the open sum.
+            frame: of the round.
+            surplus_keys: that were opened with it.
 
         Raises:
             UpdateError: where clients add noise: it is a sum of no possible number of clients.
         """
-        noisy = None if self.noise is None else self.noise.decode(sum_, frame.rotation).values
+        noisy = None if self.noise is None else self.noise.decode(sum_, frame.rotation, surplus_keys).values
         found: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
         at = 0
         for release, specs in self.releases.items():
@@ -223,7 +232,14 @@ class Vectors:
                 at += size
         return found
 
-    def aggregate(self, sum_: Decoded, clients: int, population: int, frame: Frame = Frame()) -> Aggregate:
+    def aggregate(
+        self,
+        sum_: Decoded,
+        clients: int,
+        population: int,
+        frame: Frame = Frame(),
+        surplus_keys: Sequence[bytes] = (),
+    ) -> Aggregate:
         """What the server rule sees. Where clients added noise, it is in it; who took part is public, so their number divides.
 
         Raises:
@@ -236,7 +252,7 @@ class Vectors:
                 " some client sent a vector that is no encoded update"
             )
         means: dict[str, Arrays] = {}
-        totals = self.totals(sum_, frame)
+        totals = self.totals(sum_, frame, surplus_keys)
         for release in self.releases:
             weight = clients if release.weighting is Weighting.UNIFORM else sum_.weight / cap
             means[release.name] = {name: np.asarray(total / weight) for name, total in totals[release.name].items()}
@@ -244,8 +260,7 @@ class Vectors:
 
 
 def rounding_key(study: Study, round_: int, client: str, *, rehearsal: bool = False) -> bytes:
-    """What a client's rounding and its share of the noise follow from: the operating system's chance where privacy is asked for in earnest, else
-    the study's seed.
+    """What a client's rounding and noise follow from: the operating system's chance where privacy is asked for in earnest, else the study's seed.
 
     As the rest of seeded chance it does not depend on the attempt.
     """
@@ -253,3 +268,11 @@ def rounding_key(study: Study, round_: int, client: str, *, rehearsal: bool = Fa
         return os.urandom(KEY_BYTES)
     seed = hashlib.sha256(f"{study.seed}/{round_}/{client}".encode()).digest()
     return digest_of("rounding", seed)[:KEY_BYTES]
+
+
+def surplus_draw(study: Study, round_: int, client: str, *, rehearsal: bool = False) -> Draw | None:
+    """What a client's key of surplus noise is drawn from; None for the operating system's chance, as its other keys are."""
+    if study.privacy is None or not (study.privacy.seeded or rehearsal):
+        return None
+    seed = rounding_key(study, round_, client, rehearsal=rehearsal)
+    return lambda size: derive(seed, b"surplus noise")[:size]

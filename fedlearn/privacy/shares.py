@@ -15,6 +15,8 @@ from fedlearn.privacy.events import Skellam
 
 LEAST_SENSITIVITY: Final = 100.0
 """Integer units; the smallest is 127, of a single number."""
+LEVELS: Final = 3
+"""The most at which surplus noise is taken off: each is drawn and, for each client, taken off apart."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class NoiseShares:
         survivors: the fewest whose sum is opened.
         adversarial: the fraction that may work with the server, and adds no noise.
         dropout: the fraction that may vanish.
+        surplus: whether noise is taken off where more survive.
 
     Raises:
         StudyError: nobody honest is sure to be in a sum.
@@ -35,6 +38,7 @@ class NoiseShares:
     survivors: int
     adversarial: float
     dropout: float
+    surplus: bool = False
 
     def __post_init__(self) -> None:
         _ = self.honest
@@ -42,10 +46,32 @@ class NoiseShares:
     @cached_property
     def honest(self) -> int:
         """Honest clients that are sure to be in any sum that can be opened."""
+        return self._honest(0)
+
+    @cached_property
+    def levels(self) -> tuple[int, ...]:
+        """Numbers of survivors from which on noise is taken off: up to `LEVELS`, evenly spread, each with more honest clients than the one before."""
+        more = self.clients - self.survivors
+        count = min(LEVELS, more) if self.surplus else 0
+        found, before = [], self.honest
+        for number in range(1, count + 1):
+            level = self.survivors + more * number // count
+            if (honest := self._honest(level)) > before:
+                found.append(level)
+                before = honest
+        return tuple(found)
+
+    @property
+    def excess(self) -> float:
+        """How many times the variance that is paid for is left in a sum of all clients."""
+        return self.clients / (self._honest(self.levels[-1]) if self.levels else self.honest)
+
+    def _honest(self, survivors: int) -> int:
         from fedlearn.secagg.floor import honest_floor
         from fedlearn.secagg.plan import Profile
 
-        return honest_floor(self.clients, self.survivors, self.adversarial, self.dropout, Profile.SEMI_MALICIOUS)
+        known = Profile.SEMI_MALICIOUS
+        return honest_floor(self.clients, self.survivors, self.adversarial, self.dropout, known, survivors)
 
     @property
     def premise(self) -> str:
@@ -59,7 +85,7 @@ class NoiseShares:
         """Who adds how much."""
         return (
             f"each client adds 1/{self.honest} of it before its update is masked, sums of fewer than {self.survivors} clients are not opened, "
-            f"and {self.clients} together leave a variance {self.clients / self.honest:.2f} times as large"
+            f"and {self.clients} together leave a variance {self.excess:.2f} times as large"
         )
 
     @staticmethod

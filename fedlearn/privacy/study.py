@@ -85,6 +85,7 @@ def _noise_plan(shares: NoiseShares, clip_l2: float, noise: float, length: int, 
         dropout=shares.dropout,
         suite=Suite.P256_AES256,
         ring_bits=ring_bits,
+        levels=shares.levels,
     )
     assert made.honest == shares.honest
     if made.encoding.norm_bound < LEAST_SENSITIVITY:
@@ -113,7 +114,7 @@ def _shares(study: Study) -> NoiseShares | None:
         raise StudyError(
             f"privacy.survivors: got {survivors}, expected {max(3, study.cohort.minimum)} to {clients}, the clients of a round"
         )
-    return NoiseShares(clients, survivors, table.adversarial, table.dropout)
+    return NoiseShares(clients, survivors, table.adversarial, table.dropout, study.privacy.surplus)
 
 
 @lru_cache(maxsize=64)

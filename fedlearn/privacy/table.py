@@ -41,6 +41,8 @@ class PrivacyTable(BaseModel):
     """Of ftrl: the most rounds in which one client is asked; as many as min_separation lets it if not told."""
     matrix: Literal["blt", "banded"] = "blt"
     """Of ftrl: how noise is correlated. blt: fitted to the plan, with two models of memory; banded: with min_separation - 1 of them."""
+    surplus: bool = False
+    """Of distributed: take off what more survivors than planned bring too much of, once that many are proven. A few bytes for each pair of clients."""
     units: Annotated[int, Field(ge=1, le=10**12)] | None = None
     """A public number of units: sums are divided by what it makes expected, never by the real count. Records or groups: of a client, 100 if
     not told. Clients: how many there are at the least; `data.clients` if not told."""
@@ -75,6 +77,8 @@ class PrivacyTable(BaseModel):
     def _check_mechanism(self) -> None:
         if self.survivors is not None and self.mechanism != "distributed":
             raise ValueError('survivors: only for mechanism = "distributed"')
+        if self.surplus and self.mechanism != "distributed":
+            raise ValueError('surplus: only for mechanism = "distributed"')
         if self.mechanism == "distributed":
             if self.unit != "client":
                 raise ValueError(f'mechanism: distributed is for unit = "client", got unit = "{self.unit}"')

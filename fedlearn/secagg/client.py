@@ -134,11 +134,17 @@ class ClientRound:
         self._state = ClientState.CHECKED_IN
         return self._own
 
-    def bind(self, subject: bytes) -> None:
-        """Say what is trained on: a digest of the model and the configuration, as they arrived here. Before the roster is taken."""
+    def bind(self, subject: bytes, *, surplus: Draw | None = None) -> None:
+        """Say what is trained on, before the roster is taken.
+
+        Args:
+            subject: digest of the model and the configuration, as they arrived here.
+            surplus: draws the key of surplus noise in a rehearsal, where it follows from what is trained on; None: with the other keys.
+        """
         if self._state not in {ClientState.NEW, ClientState.CHECKED_IN}:
             raise LocalProtocolError(f"secure aggregation: bind in state {self._state.value}")
         self._subject = subject
+        self._draw_surplus = self._draw if surplus is None else surplus
 
     def receive(self, message: FromServer) -> FromClient | None:
         """Take a message of the server.
@@ -197,7 +203,7 @@ class ClientRound:
     def skip_masking(self) -> None:
         """The vector was masked and sent by this client in another process: go on to where the survivors are taken."""
         self._expect(ClientState.READY)
-        self._drop("_mask_key", "_seed")
+        self._drop("_mask_key", "_seed", "_surplus")
         self._state = ClientState.MASKED
 
     def abandon(self) -> None:
@@ -254,7 +260,7 @@ class ClientRound:
         levels = len(self._terms.plan.surplus)
         more, anchor = dict.fromkeys(holders, b""), b""
         if levels:
-            self._surplus = self._draw(SECRET_BYTES)
+            self._surplus = self._draw_surplus(SECRET_BYTES)
             anchor = anchor_of(self._surplus, levels)
             surplus = share_keys(self._surplus, levels, graph.threshold, len(holders), self._draw)
             more = dict(zip(holders, surplus, strict=True))

@@ -94,6 +94,11 @@ class MaskedAttempt:
         """The open sum."""
         return self._server.total
 
+    @property
+    def surplus_keys(self) -> tuple[bytes, ...]:
+        """See `ServerRound.surplus_keys`."""
+        return self._server.surplus_keys
+
 
 def record_of(server: ServerRound) -> bytes:
     """What of a server has to be durable before masked vectors are taken. It holds nothing secret."""

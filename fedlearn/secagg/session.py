@@ -65,7 +65,7 @@ class MaskingSession:
         with self._lock:
             return self._checked_in(at, plan).entry
 
-    def share(self, at: AttemptId, plan: Plan, subject: bytes, entries: bytes) -> bytes:
+    def share(self, at: AttemptId, plan: Plan, subject: bytes, entries: bytes, *, surplus: Draw | None = None) -> bytes:
         """Verify the roster, and share this client's secrets of the attempt. Earlier attempts are over.
 
         Args:
@@ -73,6 +73,7 @@ class MaskingSession:
             plan: the study's.
             subject: digest of the model and the configuration that this client will train with.
             entries: the roster's check-ins with their claims.
+            surplus: see `ClientRound.bind`.
 
         Raises:
             SecureAggregationError: by what is wrong; the attempt is over for this client.
@@ -85,7 +86,7 @@ class MaskingSession:
             known = len(mine.trust) > 1
             if not known:  # the same roster again is answered as before, another one is refused by the round
                 mine.trust.update(identities_of(self._enrolment, [e for e in roster if not self._is_own(e)]))
-                mine.round.bind(subject)
+                mine.round.bind(subject, surplus=surplus)
                 mine.subject = subject
             _check_subject(mine, at, subject)
             answer = mine.round.receive(Roster(tuple(entry.check_in for entry in roster)))
@@ -106,6 +107,20 @@ class MaskingSession:
         """
         with self._lock:
             self._taken(at, subject, delivery)
+
+    def surplus_key(self, at: AttemptId, subject: bytes, delivery: bytes) -> bytes | None:
+        """The key of this client's surplus noise, to encode its update with; None where the plan takes none off.
+
+        Args:
+            at: the attempt.
+            subject: what this client has trained with; see `expect`.
+            delivery: what the server says.
+
+        Raises:
+            SecureAggregationError: the delivery is refused, or this client holds no keys of the attempt.
+        """
+        with self._lock:
+            return self._taken(at, subject, delivery).round.surplus_key
 
     def mask(self, at: AttemptId, subject: bytes, delivery: bytes, vector: Vector, *, threads: int = 1) -> bytes:
         """The encoded update under its masks; once for each attempt.

@@ -6,7 +6,7 @@ the study's seed, so a simulation that is resumed in the middle of a round makes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -16,15 +16,16 @@ from fedlearn.errors import FedlearnError, UnsupportedError
 from fedlearn.learning.backend import Backend, Exchange, Failed, Fitted, Said, Scored, Summed, Work, raised
 from fedlearn.learning.masked import MaskedRounds
 from fedlearn.learning.secure_sum import SecureRounds, SecureSum
-from fedlearn.learning.vectors import SUITE, Vectors, rounding_key, subject_of
+from fedlearn.learning.vectors import SUITE, Vectors, rounding_key, subject_of, surplus_draw
 from fedlearn.release.keys import AttemptId, ReleaseKey
 from fedlearn.secagg import checks
 from fedlearn.secagg.client import Identity
 from fedlearn.secagg.enrolment import Declared
 from fedlearn.secagg.plan import digest_of
-from fedlearn.secagg.primitives import SeededDraw, new_identity
+from fedlearn.secagg.primitives import SECRET_BYTES, SeededDraw, new_identity
 from fedlearn.secagg.ring import dtype_of, pack, unpack
 from fedlearn.secagg.session import MaskingSession
+from fedlearn.secagg.surplus import level_keys
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
@@ -85,7 +86,14 @@ def secure_rounds(
 def encoded(vectors: Vectors, work: Work, fitted: Fitted) -> Vector:
     """A simulated client's vector."""
     key = rounding_key(vectors.study, work.round, fitted.client, rehearsal=True)
-    return vectors.encode(fitted.update, key, vectors.frame(work.round, work.shared))
+    frame = vectors.frame(work.round, work.shared)
+    return vectors.encode(fitted.update, key, frame, _surplus_key(vectors, work.round, fitted.client))
+
+
+def _surplus_key(vectors: Vectors, round_: int, client: str) -> bytes | None:
+    """A simulated client's key of surplus noise; None where none is taken off."""
+    draw = surplus_draw(vectors.study, round_, client, rehearsal=True) if vectors.plan.surplus else None
+    return None if draw is None else draw(SECRET_BYTES)
 
 
 class MaskedClients:
@@ -116,7 +124,8 @@ class MaskedClients:
                     yield Said(client, b"", session.check_in(at, plan))
                 elif exchange is Exchange.SHARE:
                     subject = subject_of(self._study, work.model_digest)
-                    yield Said(client, session.share(at, plan, subject, bodies[client]))
+                    surplus = surplus_draw(self._study, work.round, client, rehearsal=True)
+                    yield Said(client, session.share(at, plan, subject, bodies[client], surplus=surplus))
                 else:
                     yield Said(client, session.open(at, bodies[client]))
             except FedlearnError as error:
@@ -185,7 +194,8 @@ class PlainSum:
     """
 
     def __init__(self, vectors: Vectors) -> None:
-        self._plan = vectors.plan
+        self._vectors, self._plan = vectors, vectors.plan
+        self._surplus_keys: list[bytes] = []
         encoding = self._plan.encoding
         self._sum = np.zeros(encoding.coordinates, dtype=dtype_of(encoding.ring_bits))
         self._clients = 0
@@ -195,7 +205,7 @@ class PlainSum:
         self._sum += unpack(payload, encoding.coordinates, encoding.ring_bits)
         self._clients += 1
 
-    def requests(self, key: ReleaseKey, roster: tuple[str, ...], survivors: tuple[str, ...]) -> Mapping[str, bytes]:  # noqa: ARG002  # protocol
+    def requests(self, key: ReleaseKey, roster: tuple[str, ...], survivors: tuple[str, ...]) -> Mapping[str, bytes]:
         """Nothing to ask.
 
         Raises:
@@ -206,6 +216,11 @@ class PlainSum:
         # In a sparse graph each client's neighbours count; in expectation as many of them are left as of all.
         around = len(survivors) if found.complete else found.degree * len(survivors) // len(roster)
         checks.enough(around, found.threshold, "survivors around a client")
+        if level := self._plan.level(len(survivors)):
+            tops = [_surplus_key(self._vectors, key.round, client) for client in survivors]
+            self._surplus_keys = [
+                level_keys(top, len(self._plan.surplus))[level - 1] for top in tops if top is not None
+            ]
         return {}
 
     def answer(self, client: str, answer: bytes) -> None:
@@ -224,6 +239,10 @@ class PlainSum:
     @property
     def decoded(self) -> Decoded:
         return self._plan.encoding.decode(self._sum)
+
+    @property
+    def surplus_keys(self) -> Sequence[bytes]:
+        return self._surplus_keys
 
 
 def own_updates(replies: Iterator[Fitted | Summed | Scored | Failed]) -> Iterator[Fitted | Failed]:

@@ -25,6 +25,7 @@ from tests.support.link_net import link_net
 from tests.support.shared_noise import assert_noise, noise_std, noisy_study
 from tests.support.tiny_task import CLIENTS, NAME
 
+SURPLUS = "privacy.surplus=true"
 BUDGET = "[budgets.client]\nepsilon = 200.0\ndelta = 1e-2\n"
 EARNEST = ("privacy.seeded=false", "privacy.noise_multiplier=3.0")
 
@@ -54,9 +55,13 @@ def charges(net, run, client):
     return [(r.key.exchange, r.key.round, r.charge) for r in net.sites.releases(client) if r.key.run == name]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
-def test_a_rehearsal_ends_with_the_simulations_bytes(net, strategy):
-    study = noisy_study("task.options={hidden=6}", f"strategy.name={strategy}")
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("strategy.name=scaffold",), (SURPLUS,), (SURPLUS, "cohort.size=3", "rounds=5")],
+    ids=["fedavg", "scaffold", "surplus", "surplus below its level"],
+)
+def test_a_rehearsal_ends_with_the_simulations_bytes(net, overrides):
+    study = noisy_study("task.options={hidden=6}", *overrides)
     run = net.run(study)
     assert not run.of(events.ClientDropped)
     for mode in ("exact", "equivalent"):
@@ -88,8 +93,9 @@ def test_every_site_pays_the_plans_price_for_every_attempt_before_its_vector_lea
     assert {one["epsilon"] for one in said["against"]} == {said["epsilon"]}
 
 
+@pytest.mark.parametrize("more", [(), (SURPLUS,)], ids=["", "surplus"])
 @pytest.mark.parametrize("gone", [None, "bob"])
-def test_in_earnest_the_open_sum_has_the_plans_noise(net, gone, monkeypatch):
+def test_in_earnest_the_open_sum_has_the_plans_noise(net, gone, more, monkeypatch):
     opened = []
     real = masked.MaskedRounds.opened
 
@@ -105,7 +111,7 @@ def test_in_earnest_the_open_sum_has_the_plans_noise(net, gone, monkeypatch):
         if now is Exchange.TRAIN and site == gone:
             raise RuntimeError("pulled the plug")
 
-    study = noisy_study(*EARNEST, "rounds=6", "train.lr=0.001")
+    study = noisy_study(*EARNEST, "rounds=6", "train.lr=0.001", *more)
     net.sites.replies.clear()
     run = net.run(study, meets=meets)
     assert [clients for _, clients in opened] == [4 if gone is None else 3] * 6

@@ -7,6 +7,8 @@ import itertools
 import numpy as np
 
 from fedlearn.privacy.study import noise_plan, plan_of
+from fedlearn.secagg.floor import honest_floor
+from fedlearn.secagg.plan import Profile
 from tests.support.tiny_task import tiny_study
 
 OVERRIDES = (
@@ -25,8 +27,13 @@ def noisy_study(*overrides: str):
 def noise_std(study, length: int, clients: int) -> float:
     """Of each number of a mean over so many clients, by the plan."""
     plan, shares = noise_plan(study, length), plan_of(study).shares
-    whole = plan.noise_multiplier * plan.encoding.norm_bound / plan.encoding.scale
-    return whole * (clients / shares.honest) ** 0.5 / clients
+    paid = plan.noise_multiplier * plan.encoding.norm_bound / plan.encoding.scale
+    reached = [level for level in shares.levels if clients >= level]
+    honest = honest_floor(
+        *(shares.clients, shares.survivors, shares.adversarial, shares.dropout, Profile.SEMI_MALICIOUS),
+        survivors=max(reached, default=0),
+    )
+    return paid * (clients / honest) ** 0.5 / clients
 
 
 def steps_of(models) -> list[np.ndarray]:

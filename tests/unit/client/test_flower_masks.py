@@ -51,8 +51,9 @@ def test_a_masked_run_on_flower_ends_with_the_simulations_bytes(strategy):
     assert (asked.count(Exchange.SHARE), asked.count(Exchange.TRAIN)) == (rounds * each, rounds * each)
 
 
-def test_clients_on_flower_add_the_noise_that_a_simulation_adds():
-    study = noisy_study("task.options={hidden=6}")
+@pytest.mark.parametrize("surplus", ["false", "true"])
+def test_clients_on_flower_add_the_noise_that_a_simulation_adds(surplus):
+    study = noisy_study("task.options={hidden=6}", f"privacy.surplus={surplus}")
     run = run_server_app(study, MemoryGrid(nodes_of(CLIENTS), order=3))
     assert not run.of(events.ClientDropped)
     assert digest(run.model) == simulated(study)

@@ -27,6 +27,7 @@ LENGTHS = (1, 2, 5, 100, 401, 3_000, 40_000, 1_700_000, 10**8)
         (("privacy.clipping=adaptive",), "adaptive does not go with distributed"),
         (("privacy.unit=record",), 'distributed is for unit = "client"'),
         (("privacy.mechanism=gaussian", "privacy.survivors=3"), "survivors: only for"),
+        (("privacy.mechanism=gaussian", "privacy.surplus=true"), "surplus: only for"),
         (("privacy.min_separation=2",), 'only for mechanism = "ftrl"'),
         (("cohort.rate=0.5", "cohort.wait_for=none"), "cohort.rate"),
         (("privacy.evaluation_noise=5.0",), "records and groups"),
@@ -83,6 +84,17 @@ def test_fewer_survivors_make_every_share_larger():
     assert added(20) < added(18) < added(16)
     assert plan_of(noisy_study("secure_aggregation.max_clients=20")).shares.survivors == 18
     assert plan_of(noisy_study("secure_aggregation.max_clients=20", "cohort.minimum=19")).shares.survivors == 19
+
+
+@pytest.mark.parametrize(("clients", "levels"), [(4, (4,)), (20, (19, 20)), (100, (93, 96, 100)), (3, ())])
+def test_where_noise_is_taken_off_again(clients, levels):
+    study = noisy_study("privacy.surplus=true", f"secure_aggregation.max_clients={clients}")
+    shares = plan_of(study).shares
+    assert shares.levels == levels
+    assert noise_plan(study, 100).aggregation.surplus == levels
+    plain = plan_of(noisy_study(f"secure_aggregation.max_clients={clients}"))
+    assert plan_of(study).cost() == plain.cost()
+    assert (shares.excess < plain.shares.excess) == bool(levels)
 
 
 @pytest.mark.parametrize("clients", [4, 20, 100, 200])

@@ -16,6 +16,7 @@ from fedlearn.simulation.workspace import Setting
 from fedlearn.tasks import load_task
 from tests.support.shared_noise import assert_noise, noise_std, noisy_study, steps_of
 
+SURPLUS = "privacy.surplus=true"
 CROWD = (
     *("data.partition=iid", "data.clients=18", "data.folds=1", "cohort.size=12", "cohort.wait_for=12"),
     *("secure_aggregation.max_clients=none", "privacy.units=18", "privacy.survivors=10"),
@@ -29,8 +30,15 @@ def simulated(study):
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("strategy.name=scaffold",), ("strategy.name=fedadam", "cohort.size=3", "rounds=5"), CROWD],
-    ids=["fedavg", "scaffold", "three of four", "twelve of eighteen"],
+    [
+        (),
+        ("strategy.name=scaffold",),
+        ("strategy.name=fedadam", "cohort.size=3", "rounds=5"),
+        CROWD,
+        (SURPLUS, *CROWD),
+        (SURPLUS, "cohort.size=3", "rounds=5", "secure_aggregation.max_clients=4"),
+    ],
+    ids=["fedavg", "scaffold", "three of four", "twelve of eighteen", "surplus", "surplus below its level"],
 )
 def test_with_every_mask_and_without_one_gives_the_same_bits(overrides):
     study = noisy_study("task.options={hidden=6}", *overrides)
@@ -39,8 +47,9 @@ def test_with_every_mask_and_without_one_gives_the_same_bits(overrides):
     assert arrays.digest(exact.weights) == arrays.digest(equivalent.weights)
 
 
-def test_vanishing_clients_leave_noise_or_void_the_round_in_both_modes():
-    study = noisy_study("task.options={hidden=6}", *CROWD, "environment.dropout=0.15", "rounds=6")
+@pytest.mark.parametrize("more", [(), (SURPLUS,)], ids=["", "surplus"])
+def test_vanishing_clients_leave_noise_or_void_the_round_in_both_modes(more):
+    study = noisy_study("task.options={hidden=6}", *CROWD, "environment.dropout=0.15", "rounds=6", *more)
     exact, seen = simulated(study.with_overrides(["secure_aggregation.mode=exact"]))
     equivalent, other = simulated(study.with_overrides(["secure_aggregation.mode=equivalent"]))
     assert arrays.digest(exact.weights) == arrays.digest(equivalent.weights)
@@ -50,11 +59,12 @@ def test_vanishing_clients_leave_noise_or_void_the_round_in_both_modes():
     assert all(event.clients >= 10 for event in seen if isinstance(event, events.RoundFinished))
 
 
+@pytest.mark.parametrize("more", [(), (SURPLUS,)], ids=["", "surplus"])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_the_open_sum_has_the_plans_noise_whoever_vanishes(dropout, monkeypatch):
+def test_the_open_sum_has_the_plans_noise_whoever_vanishes(dropout, more, monkeypatch):
     """The environment's clients that vanish take their noise with them; what is left is what the plan says of so many."""
     vanishing = ("environment.dropout=0.1",) if dropout else ()
-    study = noisy_study("rounds=12", "task.options={hidden=150}", *CROWD, *vanishing, "train.lr=0.001")
+    study = noisy_study("rounds=12", "task.options={hidden=150}", *CROWD, *vanishing, "train.lr=0.001", *more)
     models, fit = [], SequentialBackend.fit
 
     def watched(backend, work):
