@@ -7,6 +7,7 @@ The model is functional here: weights are a name-to-tensor mapping that goes in 
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -191,13 +192,16 @@ class LocalTrainer:
             UnsupportedError: a layer has no per-example gradients.
         """
         self._model.train()
-        gradients = private.gradients(self._model, self._losses, len(self._data))
+        secret = private.chance.private
+        gradients = private.gradients(self._model, lambda rows: self._losses(rows, secret), len(self._data))
         for _ in range(private.plan.steps):
             self._descend(gradients.gradient())
 
-    def _losses(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
+    def _losses(self, rows: np.ndarray[Any, np.dtype[np.int64]], secret: bool) -> torch.Tensor:
+        """One loss an example. What layers draw must be secret where batches are: which mask a row gets depends on who is drawn before
+        it, so under a mask that is known one row more would change the gradients of all after it, and no clip bounds that."""
         x, y = _to_device(self._data, rows, self._device, self._train.precision)
-        with self._chance():
+        with self._chance(secrets.randbits(63) if secret else None):
             return self._task.loss(self._model(x), y)
 
     def _descend(self, gradients: Tensors) -> None:
@@ -219,14 +223,14 @@ class LocalTrainer:
         """Mean training loss over all steps' examples; NaN without any."""
         return self._loss_sum / self._loss_count if self._loss_count else float("nan")
 
-    def _chance(self) -> contextlib.AbstractContextManager[None]:
-        """Layers that draw (dropout) draw from this step's own seed."""
+    def _chance(self, seed: int | None = None) -> contextlib.AbstractContextManager[None]:
+        """Layers that draw (dropout) draw from this step's own seed, or a given one."""
         if not self._draws:
             return contextlib.nullcontext()
         place = self._place
-        return seeded(
-            self._device, seeds.derive(place.seed, "layers", place.round, place.client, self._pass, self.steps)
-        )
+        if seed is None:
+            seed = seeds.derive(place.seed, "layers", place.round, place.client, self._pass, self.steps)
+        return seeded(self._device, seed)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return _autocast(self._device, self._train.precision)

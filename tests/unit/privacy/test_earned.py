@@ -10,10 +10,16 @@ import torch
 from torch import nn
 
 from fedlearn.errors import StudyError
+from fedlearn.learning import local
+from fedlearn.learning.task import Batch, ClientData
 from fedlearn.privacy.clipping import next_clip
 from fedlearn.privacy.dpsgd import DpSgd
 from fedlearn.privacy.mechanisms import secret_chance, seeded_chance
 from fedlearn.privacy.plan import CLIPS, AdaptiveClip, FixedClip, PoissonSampling, PrivacyPlan, Unit
+from fedlearn.privacy.site import SitePlan
+from fedlearn.study import TrainTable
+from strategies import create
+from tests.support.tiny_task import TinyTask
 
 PLAN = PrivacyPlan(Unit.RECORD, PoissonSampling(1.0), FixedClip(1.0), 1.0, 1e-4, units=8, rounds=1, steps=40)
 
@@ -52,3 +58,46 @@ def test_noise_that_float32_cannot_hold_is_refused(std):
 def test_noise_at_the_ends_of_float32_is_what_was_asked_for(std):
     found = seeded_chance(1, "ends").normal(20_000, std, np.float32).astype(np.float64) / std
     assert abs(found.std() - 1) < 0.03
+
+
+class Seen(nn.Dropout):
+    """Dropout that tells what it drew."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5)
+        self.masks: list[torch.Tensor] = []
+
+    def forward(self, x):
+        kept = super().forward(torch.ones_like(x))
+        self.masks.append(kept.detach().clone())
+        return x * kept
+
+
+def masks(chance, rows: int) -> list[torch.Tensor]:
+    """What dropout draws in one round of one step on all rows."""
+    layer = Seen()
+    model = nn.Sequential(nn.Flatten(), layer, nn.Linear(6, 3))
+    x = np.random.default_rng(0).normal(size=(rows, 6)).astype(np.float32)
+    batch = Batch(x, np.zeros(rows, dtype=np.int64))
+    start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    local.fit(
+        TinyTask(),
+        model,
+        create("fedavg"),
+        TrainTable(),
+        ClientData(batch, batch.between(0, 0)),
+        place=local.Place(7, 1, "site"),
+        global_model=start,
+        shared={},
+        state={},
+        private=SitePlan(replace(PLAN, steps=1), chance),
+    )
+    return layer.masks
+
+
+def test_what_layers_draw_is_secret_where_batches_are():
+    # Known masks go by the place in a batch: one row more moves every later row to another one, and the sum by far more than a clip.
+    assert not torch.equal(masks(secret_chance(), 8)[0], masks(secret_chance(), 8)[0])
+    assert torch.equal(masks(seeded_chance(1), 8)[0], masks(seeded_chance(1), 8)[0])
+    first, second = masks(secret_chance(), 1024)
+    assert not torch.equal(first, second)
