@@ -136,6 +136,21 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True)
+class SumOpened(Event):
+    """Masked updates became one sum. What the coordinator saw of one client beside what it read of all: samples, of all that it holds.
+
+    `masked` are the first elements of the client's vector, integers from 0 up to 2 ** `ring_bits`; `mean` the first numbers of the mean update.
+    """
+
+    run: str
+    round: int
+    client: str
+    ring_bits: int
+    masked: tuple[int, ...]
+    mean: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class RunFinished(Event):
     """The last round is committed."""
 

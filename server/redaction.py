@@ -25,7 +25,7 @@ def hides_cohorts(statement: Mapping[str, Any] | None) -> bool:
 def event_for_site(event: events.Event) -> events.Event | None:
     """What a site may see of an event; None for nothing at all."""
     match event:
-        case events.RoundStarted() | events.ClientFinished() | events.ClientDropped():
+        case events.RoundStarted() | events.ClientFinished() | events.ClientDropped() | events.SumOpened():
             return None
         case events.RunStarted():
             return replace(event, clients=(), population=0)

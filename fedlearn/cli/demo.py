@@ -6,6 +6,7 @@ Each hospital's patients are protected by differential privacy, and its update l
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json as jsonlib
 import os
 import shutil
@@ -27,6 +28,7 @@ from fedlearn.cli.options import Debug, Json, Rounds
 from fedlearn.cli.output import print_json, print_table
 from fedlearn.cli.view import RunView
 from fedlearn.errors import INTERRUPTED_EXIT_CODE, LinkError, RunFailedError, StateError
+from fedlearn.report import seen
 
 if TYPE_CHECKING:
     from fedlearn.privacy.ledger_file import AccountState
@@ -36,6 +38,7 @@ STUDY: Final = "simulations/heart_private.toml"
 PLAIN_STUDY: Final = "simulations/heart.toml"
 TASK: Final = "hospital/heart"
 DATA_SET: Final = "heart-disease"
+SEEN: Final = "seen.png"
 POLICY: Final = f"""\
 # What this hospital takes part in, whatever a coordinator asks; see docs/privacy.md.
 dataset = "{DATA_SET}"
@@ -83,12 +86,14 @@ def demo(
         print("interrupted; the coordinator and the hospitals are stopped", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     ledgers = _ledgers(setting)
+    if view.opened is not None:
+        seen.plot(view.opened, view.round_rows[-1]["clients"], folder / SEEN)
     say("\ncomparing: each hospital alone, and all data in one place ...")
     comparison = _compare(setting, result.weights)
     if json:
         print_json(_report(setting, comparison, result, view, ledgers))
     else:
-        _print(setting, comparison, ledgers)
+        _print(setting, comparison, ledgers, view)
     if comparison.identical is False:
         raise RunFailedError("the simulation's weights differ from the federation's, expected the same bytes")
     return 0
@@ -281,8 +286,13 @@ def _compare(setting: _Setting, weights: bytes) -> Comparison:
     return found
 
 
-def _print(setting: _Setting, comparison: Comparison, ledgers: Sequence[tuple[str, AccountState]]) -> None:
+def _print(
+    setting: _Setting, comparison: Comparison, ledgers: Sequence[tuple[str, AccountState]], view: RunView
+) -> None:
     folder = setting.folder
+    if view.opened is not None:
+        print("\nWhat the coordinator saw in the last round, the first numbers of each vector:\n")
+        print("\n".join(f"  {line}" for line in seen.lines(view.opened, view.round_rows[-1]["clients"])))
     if ledgers:
         print(
             "\nWhat each hospital's own ledger has charged, every entry signed by it before the round's update left:\n"
@@ -311,6 +321,7 @@ def _print(setting: _Setting, comparison: Comparison, ledgers: Sequence[tuple[st
         ("model", folder / "model"),
         ("learning curve", folder / "model" / "curve.png"),
         ("AUC by hospital", folder / "auc.png"),
+        *((("masked, and read", folder / SEEN),) if view.opened is not None else ()),
         *((("policies", folder / "hospitals" / "*" / "policy.toml"),) if setting.private else ()),
         *((("ledgers", folder / "hospitals" / "*" / "state" / "ledgers"),) if setting.private else ()),
         ("logs", folder / "logs"),
@@ -331,6 +342,7 @@ def _report(
         "seconds": result.seconds,
         "hospitals": comparison.table(),
         "identical_to_simulation": comparison.identical,
+        "opened": None if view.opened is None else dataclasses.asdict(view.opened),
         "ledgers": [
             {"hospital": name, "account": state.account, "charges": state.charges, "epsilon": state.epsilon}
             for name, state in ledgers

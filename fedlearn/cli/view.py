@@ -51,6 +51,7 @@ class RunView:
         self.evaluated: events.Evaluated | None = None
         self.ended: events.RunFinished | events.RunStopped | events.RunFailed | None = None
         self.privacy: Mapping[str, Any] | None = None
+        self.opened: events.SumOpened | None = None
         self.rounds_done = 0
         self.round_rows: list[dict[str, Any]] = []
         self._trained = self._of_round = self._cohort = self._out = 0
@@ -91,6 +92,8 @@ class RunView:
                 self._start(event)
             case events.PrivacyStated():
                 self.privacy = event.statement
+            case events.SumOpened():
+                self.opened = event
             case events.RoundStarted():
                 self._flush()
                 self._of_round, self._cohort, self._out = 0, event.cohort_size, 0

@@ -242,6 +242,7 @@ class Federation:
             return
         aggregate, clip_l2 = released
         clients = len(self._machine.survivors)
+        seen = None if self._secure is None else self._secure.event(self._run, at.round, aggregate.means[DELTA])
         self._state = self._next_state(at, aggregate, clip_l2)
         finished = events.RoundFinished(
             self._run,
@@ -256,6 +257,8 @@ class Federation:
         )
         kept = {} if self._central is None else self._central.closing(at, roster)
         self._machine.commit(row_of(finished), {**kept, self._place("checkpoint"): state_to_bytes(self._state)})
+        if seen is not None:
+            self._emit(seen)
         self._emit(finished)
         self._evaluate_if_due()
 

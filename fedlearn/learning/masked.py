@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Final
 from fedlearn.arrays import specs_of
 from fedlearn.errors import RemoteProtocolError, UnsupportedError
 from fedlearn.learning.backend import Exchange, Failed, MaskedBackend, Said, Work
-from fedlearn.learning.secure_sum import MaskedSum, SecureRounds, SecureSum
+from fedlearn.learning.secure_sum import SAMPLE, MaskedSum, SecureRounds, SecureSum, Seen
 from fedlearn.learning.vectors import Vectors, subject_of
 from fedlearn.release.keys import AttemptId, record_key
 from fedlearn.release.round import Rejected, RoundState
 from fedlearn.secagg.enrolment import Enrolment, Entry, entries_from_bytes, entries_to_bytes, identities_of
 from fedlearn.secagg.graph import COMPLETE_LIMIT
 from fedlearn.secagg.hooks import from_client, record_of, restore
-from fedlearn.secagg.messages import FromServer, to_bytes
+from fedlearn.secagg.messages import FromServer, Masked, to_bytes
 from fedlearn.secagg.plan import Terms
+from fedlearn.secagg.ring import packed_bytes, unpack
 from fedlearn.secagg.server import ServerRound
 
 if TYPE_CHECKING:
@@ -95,9 +96,12 @@ class MaskedRounds(SecureRounds):
             return
         here = tuple(client for client in work.cohort if client in told)
         self._early, self._early_for = {}, AttemptId(work.round + 1, 1)
+        self.seen = None
         for reply in self._say(Exchange.TRAIN, replace(work, cohort=here), told):
             if isinstance(reply, Said) and reply.entry:
                 self._early[reply.client] = reply.entry
+            if isinstance(reply, Said) and self.seen is None:
+                self.seen = self._sample(reply)
             yield reply
 
     def open(self, machine: RoundMachine[bytes, SecureSum], work: Work) -> None:
@@ -185,6 +189,18 @@ class MaskedRounds(SecureRounds):
     def _server(self, at: AttemptId, work: Work, trust: Mapping[str, bytes]) -> ServerRound:
         terms = Terms(self._run, at, self.vectors.plan)
         return ServerRound(terms, trust, subject_of(self._study, work.model_digest), threads=self._threads)
+
+    def _sample(self, reply: Said) -> Seen | None:
+        """For people; None of what is no masked vector, which the machine refuses by name."""
+        bits = self.vectors.plan.encoding.ring_bits
+        try:
+            message = from_client(reply.body)
+        except RemoteProtocolError:
+            return None
+        if not isinstance(message, Masked):
+            return None
+        first = message.vector[: packed_bytes(SAMPLE, bits)]
+        return Seen(reply.client, tuple(map(int, unpack(first, len(first) * 8 // bits, bits))))
 
     def _say(self, exchange: Exchange, work: Work, bodies: Mapping[str, bytes]) -> Iterator[Said | Failed]:
         if not work.cohort:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+import numpy as np
+
 from fedlearn.errors import LocalProtocolError
+from fedlearn.events import SumOpened
 from fedlearn.secagg.breach import Breach, SecureAggregationError
 from fedlearn.secagg.hooks import MaskedAttempt
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     from fedlearn.arrays import Arrays
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
     from fedlearn.release.keys import ReleaseKey
     from fedlearn.secagg.quantize import Decoded
     from fedlearn.secagg.server import ServerRound
+
+
+SAMPLE: Final = 64
+"""Numbers of a vector, and of a mean, that an event shows."""
 
 
 class SecureSum(Protocol):
@@ -49,6 +56,19 @@ class SecureSum(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A sample of one client's masked vector, as it came.
+
+    Args:
+        client: whose.
+        elements: the first `SAMPLE` of it, of the ring.
+    """
+
+    client: str
+    elements: tuple[int, ...]
+
+
 class SecureRounds(ABC):
     """What a federation does with masked updates in place of plain ones.
 
@@ -58,6 +78,7 @@ class SecureRounds(ABC):
 
     def __init__(self, vectors: Vectors) -> None:
         self.vectors: Final = vectors
+        self.seen: Seen | None = None
 
     @abstractmethod
     def new_sum(self) -> SecureSum:
@@ -69,6 +90,14 @@ class SecureRounds(ABC):
 
     def open(self, machine: RoundMachine[bytes, SecureSum], work: Work) -> None:  # noqa: B027  # nothing to do without masks
         """Bring a machine whose survivors stand to the sum; or the attempt is void."""
+
+    def event(self, run: str, round_: int, mean: Arrays) -> SumOpened | None:
+        """What people are shown of the sum that was opened last; None where nothing was masked."""
+        if self.seen is None:
+            return None
+        flat = np.concatenate([np.ravel(array) for array in mean.values()])
+        bits = self.vectors.plan.encoding.ring_bits
+        return SumOpened(run, round_, self.seen.client, bits, self.seen.elements, tuple(flat[:SAMPLE].tolist()))
 
     def opened(self, sum_: SecureSum, round_: int, shared: Arrays) -> OpenSum:
         """What can be read of a round's sum, given what was broadcast beside the model."""

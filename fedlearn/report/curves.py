@@ -20,6 +20,8 @@ _UNITS: Final = (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0), ("se
 def learning_curve(history: History, path: Path | None, title: str) -> Any:
     """The primary metric and the training loss by round; by virtual time where the run had a simulated environment.
 
+    Under a privacy plan neither may be there: then the length of the mean update is.
+
     Args:
         history: the table.
         path: where to save a PNG; None for nowhere.
@@ -41,8 +43,13 @@ def learning_curve(history: History, path: Path | None, title: str) -> Any:
         top.legend(fontsize=8, ncols=3, frameon=False)
     top.set_ylabel(history.metric.upper() if len(history.metric) <= 3 else history.metric)
     top.set_title(title, loc="left")
-    _line(bottom, along, history.column("train_loss"), color="black")
-    bottom.set_ylabel("training loss")
+    below, label = ("train_loss", "training loss") if history.has("train_loss") else ("update_norm", "update norm")
+    _line(bottom, along, history.column(below), color="black")
+    bottom.set_ylabel(label)
+    if not history.has(history.metric):
+        top.text(
+            0.5, 0.5, "no metric left the clients", ha="center", va="center", transform=top.transAxes, color="#57606a"
+        )
     bottom.set_xlabel(name)
     for axes in (top, bottom):
         axes.grid(alpha=0.25)

@@ -49,6 +49,10 @@ class History(Sequence[Mapping[str, Any]]):
         prefix = f"{self.metric}@"
         return tuple(name.removeprefix(prefix) for name in self.columns if name.startswith(prefix))
 
+    def has(self, name: str) -> bool:
+        """Whether any row has a value in a column."""
+        return any(value == value for row in self._rows if (value := row.get(name)) is not None)  # noqa: PLR0124  # NaN is none
+
     def column(self, name: str) -> list[Any]:
         """One column; None where a row has no such value.
 

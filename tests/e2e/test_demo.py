@@ -21,13 +21,35 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
-def test_the_demo_compares_and_leaves_nothing_running(tmp_path):
+def demo_report(tmp_path, *options: str):
     with family(tmp_path, ENVIRONMENT) as processes:
-        demo = processes.start(*DEMO, "--rounds", "3", "--json", "--out", "d")
-        assert demo.wait(180) == 0, demo.output
+        demo = processes.start(*DEMO, "--rounds", "3", "--json", "--out", "d", *options)
+        assert demo.wait(240) == 0, demo.output
         assert processes.alive() == []
-    report = json.loads(demo.output)
+    return json.loads(demo.output)
+
+
+def test_the_demo_protects_and_shows_what_was_spent_and_seen(tmp_path):
+    report = demo_report(tmp_path)
+    assert report["identical_to_simulation"] is None, "its noise is secret"
+    spent = {one["epsilon"] for one in report["ledgers"]}
+    assert [one["hospital"] for one in report["ledgers"]] == HOSPITALS
+    assert all(one["charges"] == 3 for one in report["ledgers"])
+    assert all(2.9 < epsilon <= 3 for epsilon in spent), "three rounds, planned for an epsilon of 3"
+    opened = report["opened"]
+    assert opened["client"] in HOSPITALS
+    assert all(0 <= element < 2 ** opened["ring_bits"] for element in opened["masked"])
+    assert max(abs(number) for number in opened["mean"]) < 1
+    assert (tmp_path / "d" / "seen.png").read_bytes().startswith(b"\x89PNG")
+    for name in HOSPITALS:
+        assert "Traceback" not in (tmp_path / "d" / "logs" / f"{name}.log").read_text()
+
+
+def test_the_plain_demo_compares_and_leaves_nothing_running(tmp_path):
+    report = demo_report(tmp_path, "--plain")
     assert report["identical_to_simulation"] is True
+    assert report["opened"] is None
+    assert report["ledgers"] == []
     assert [row["client"] for row in report["hospitals"]] == HOSPITALS
     assert all(0 < row["federated"] <= 1 for row in report["hospitals"])
     folder = tmp_path / "d"
