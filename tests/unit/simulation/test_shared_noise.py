@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fedlearn
 from fedlearn import arrays, events
@@ -44,6 +46,23 @@ def test_with_every_mask_and_without_one_gives_the_same_bits(overrides):
     study = noisy_study("task.options={hidden=6}", *overrides)
     exact, _ = simulated(study.with_overrides(["secure_aggregation.mode=exact"]))
     equivalent, _ = simulated(study.with_overrides(["secure_aggregation.mode=equivalent"]))
+    assert arrays.digest(exact.weights) == arrays.digest(equivalent.weights)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.data())
+def test_every_size_of_a_round_gives_the_same_bits_in_both_modes(data):
+    size = data.draw(st.integers(3, 9), "clients of a round")
+    most = data.draw(st.integers(size, 10), "the most that the plan has room for")
+    survivors = data.draw(st.integers(max(3, 2 * most // 3), size), "survivors") if size > 2 * most // 3 else size
+    study = noisy_study(
+        *("task.options={hidden=6}", "rounds=2", f"seed={data.draw(st.integers(0, 999), 'seed')}"),
+        *(*CROWD, f"cohort.size={size}", f"cohort.wait_for={size}", f"secure_aggregation.max_clients={most}"),
+        *(f"privacy.survivors={survivors}", f"privacy.surplus={str(data.draw(st.booleans(), 'surplus')).lower()}"),
+    )
+    exact, equivalent = (
+        fedlearn.simulate(study.with_overrides([f"secure_aggregation.mode={mode}"])) for mode in ("exact", "equivalent")
+    )
     assert arrays.digest(exact.weights) == arrays.digest(equivalent.weights)
 
 
