@@ -63,7 +63,7 @@ def test_the_plain_demo_compares_and_leaves_nothing_running(tmp_path):
 
 def test_ctrl_c_in_the_demo_stops_everybody(tmp_path):
     with family(tmp_path, ENVIRONMENT) as processes:
-        demo = processes.start(*DEMO, "--rounds", "100000", "--out", "d")
+        demo = processes.start(*DEMO, "--plain", "--rounds", "100000", "--out", "d")
         demo.wait_for(r"^\s+2\s+4\s", timeout_s=120)
         demo.process.send_signal(signal.SIGINT)
         assert demo.wait(60) == INTERRUPTED_EXIT_CODE, demo.output
