@@ -189,19 +189,28 @@ class LocalTrainer:
 
         Raises:
             DataError: there are no rows.
-            UnsupportedError: a layer has no per-example gradients.
+            UnsupportedError: a layer has no per-example gradients, or the model mixes examples.
         """
+        from fedlearn.privacy.ghost import check_apart
+
         self._model.train()
+        with torch.no_grad():
+            check_apart(lambda rows: self._losses(rows, seed=0), len(self._data))
         secret = private.chance.private
-        gradients = private.gradients(self._model, lambda rows: self._losses(rows, secret), len(self._data))
+        gradients = private.gradients(
+            self._model, lambda rows: self._losses(rows, secrets.randbits(63) if secret else None), len(self._data)
+        )
         for _ in range(private.plan.steps):
             self._descend(gradients.gradient())
 
-    def _losses(self, rows: np.ndarray[Any, np.dtype[np.int64]], secret: bool) -> torch.Tensor:
-        """One loss an example. What layers draw must be secret where batches are: which mask a row gets depends on who is drawn before
-        it, so under a mask that is known one row more would change the gradients of all after it, and no clip bounds that."""
+    def _losses(self, rows: np.ndarray[Any, np.dtype[np.int64]], seed: int | None) -> torch.Tensor:
+        """One loss an example.
+
+        What layers draw must be secret where batches are: which mask a row gets depends on who is drawn before it, so under masks that are
+        known one row more would change the gradients of all after it, and no clip bounds that.
+        """
         x, y = _to_device(self._data, rows, self._device, self._train.precision)
-        with self._chance(secrets.randbits(63) if secret else None):
+        with self._chance(seed):
             return self._task.loss(self._model(x), y)
 
     def _descend(self, gradients: Tensors) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,8 +25,11 @@ from fedlearn.privacy.gradient_rules import Gradients, apply_rule, places_of, wh
 if TYPE_CHECKING:
     from torch.autograd.graph import GradientEdge
 
+    from fedlearn.privacy.steps import IntArray
+
 Factors = tuple[torch.Tensor, torch.Tensor]
 _CHECK_TOLERANCE: Final = 1e-3  # of float32's and autocast's rounding, far below what a wrong rule gives
+_BESIDE: Final = 8  # rows that are looked at together
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ class GhostGradients:
 def refuse_mixing(model: nn.Module) -> None:
     """Refuse layers through which one example reaches another one's gradient, or a buffer: no clip bounds that, trainable or not.
 
-    Whether a `forward` mixes examples by itself only `model_check.check_model` can tell.
+    Whether a `forward` mixes examples by itself only running it can tell: `check_apart`, and `model_check.check_model`.
 
     Raises:
         UnsupportedError: names the layer.
@@ -207,6 +211,29 @@ def refuse_mixing(model: nn.Module) -> None:
                 "examples are not separate",
                 hint="fedlearn check-model rewrites it",
             )
+
+
+def check_apart(losses: Callable[[IntArray], torch.Tensor], rows: int) -> None:
+    """Refuse a model whose `forward` lets one row reach another row's loss: by whatever way, no clip of gradients bounds that.
+
+    A row's loss must be the same whichever rows are beside it. Layers that draw must draw the same at both calls.
+
+    Args:
+        losses: row numbers to one loss a row.
+        rows: how many there are; of one row nothing can be told, and there is nothing to mix.
+
+    Raises:
+        UnsupportedError: it is not the same.
+    """
+    if rows < 2:
+        return
+    beside = np.arange(min(rows, _BESIDE), dtype=np.int64)
+    among, alone = (losses(batch)[0] for batch in (beside, np.zeros_like(beside)))
+    if not torch.allclose(among, alone, rtol=_CHECK_TOLERANCE, atol=1e-5, equal_nan=True):
+        raise UnsupportedError(
+            "model: a row's loss depends on which rows are beside it: examples are not separate",
+            hint="no mean, softmax or sort over the batch; fedlearn check-model says more",
+        )
 
 
 def unsupported(model: nn.Module) -> list[str]:

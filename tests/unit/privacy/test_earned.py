@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedlearn.errors import StudyError
+from fedlearn.errors import StudyError, UnsupportedError
 from fedlearn.learning import local
 from fedlearn.learning.task import Batch, ClientData
 from fedlearn.privacy.clipping import next_clip
@@ -73,10 +73,8 @@ class Seen(nn.Dropout):
         return x * kept
 
 
-def masks(chance, rows: int) -> list[torch.Tensor]:
-    """What dropout draws in one round of one step on all rows."""
-    layer = Seen()
-    model = nn.Sequential(nn.Flatten(), layer, nn.Linear(6, 3))
+def train(model: nn.Module, chance, rows: int) -> None:
+    """One round of one step on all rows."""
     x = np.random.default_rng(0).normal(size=(rows, 6)).astype(np.float32)
     batch = Batch(x, np.zeros(rows, dtype=np.int64))
     start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
@@ -92,7 +90,13 @@ def masks(chance, rows: int) -> list[torch.Tensor]:
         state={},
         private=SitePlan(replace(PLAN, steps=1), chance),
     )
-    return layer.masks
+
+
+def masks(chance, rows: int) -> list[torch.Tensor]:
+    """What dropout draws in one step."""
+    layer = Seen()
+    train(nn.Sequential(nn.Flatten(), layer, nn.Linear(6, 3)), chance, rows)
+    return layer.masks[2:]  # the first two are those of a check
 
 
 def test_what_layers_draw_is_secret_where_batches_are():
@@ -101,3 +105,25 @@ def test_what_layers_draw_is_secret_where_batches_are():
     assert torch.equal(masks(seeded_chance(1), 8)[0], masks(seeded_chance(1), 8)[0])
     first, second = masks(secret_chance(), 1024)
     assert not torch.equal(first, second)
+
+
+class Centred(nn.Module):
+    """Takes the batch's mean away, in one of several places."""
+
+    def __init__(self, *, recurrent: bool, detached: bool) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 4)
+        self.tail = nn.GRUCell(4, 3) if recurrent else nn.Linear(4, 3)
+        self.detached = detached
+
+    def forward(self, x):
+        centre = x.mean(0)
+        return self.tail(self.body(x - (centre.detach() if self.detached else centre)))
+
+
+@pytest.mark.parametrize("rows", [2, 30])
+@pytest.mark.parametrize(("recurrent", "detached"), [(False, True), (False, False), (True, True), (True, False)])
+def test_a_model_that_mixes_rows_never_trains(recurrent, detached, rows):
+    # One row more would move every other row's gradient: by its clip, and not by nothing.
+    with pytest.raises(UnsupportedError, match="beside it"):
+        train(Centred(recurrent=recurrent, detached=detached), secret_chance(), rows)
