@@ -84,7 +84,7 @@ class NoiseShares:
     def in_words(self) -> str:
         """Who adds how much."""
         return (
-            f"each client adds 1/{self.honest} of it before its update is masked, sums of fewer than {self.survivors} clients are not opened, "
+            f"each client adds 1/{self.honest} of its variance before its update is masked, sums of fewer than {self.survivors} clients are not opened, "
             f"and {self.clients} together leave a variance {self.excess:.2f} times as large"
         )
 

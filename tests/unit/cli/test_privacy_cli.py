@@ -19,6 +19,19 @@ from fedlearn.study import load_study
 
 HEART = "simulations/heart.toml"
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+SHARED = """
+[privacy]
+unit = "client"
+mechanism = "distributed"
+epsilon = 8
+delta = 1e-2
+units = 4
+clip_l2 = 0.5
+surplus = true
+[secure_aggregation]
+enabled = true
+max_clients = 4
+"""
 
 
 def answer(capsys, *argv: str) -> dict:
@@ -54,6 +67,27 @@ def test_a_budget_becomes_noise_and_every_claim_is_whole(capsys):
     assert found["curve"][-1]["round"] == 4
     by = {one["what"]: one["epsilon"] for one in found["what_if"]}
     assert by["noise x 2"] < by["rounds x 0.5"] < by["the plan"] < by["rounds x 2"] < by["noise x 0.5"]
+
+
+def test_noise_that_clients_add_holds_against_the_server_too(capsys, tmp_path):
+    path = tmp_path / "shared.toml"
+    path.write_text(f'name = "s"\nrounds = 10\n[task]\nname = "hospital/heart"\n{SHARED}')
+    found = answer(capsys, "privacy", "plan", str(path))
+    assert {claim["epsilon"] for claim in found["claims"]} == {found["statement"]["epsilon"]}
+    assert 8 - 1e-4 <= found["statement"]["epsilon"] <= 8
+    assert found["plan"]["shares"] == {
+        "clients": 4,
+        "survivors": 3,
+        "adversarial": 0.1,
+        "dropout": 0.1,
+        "surplus": True,
+    }
+    assert main(["privacy", "plan", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "against reader of the model, other sites, server: 7.99" in text
+    assert "at least 2 honest clients add their noise" in text
+    assert "each client adds 1/2 of its variance before its update is masked, sums of fewer than 3 clients are not opened" in text
+    assert "4 together leave a variance 1.33 times as large" in text
 
 
 def test_central_noise_says_infinite_against_the_server(capsys):
