@@ -118,8 +118,8 @@ def _study(options: AgentOptions) -> str:
         name = client_bundle(options).identity.name
         mine = site_population(study, task_of(study), name, options.data).client(name).train
         site_plan(
-            study, 1, name, mine, rehearsal=False
-        )  # refused where a row is nobody's, or delta too large for so many
+            study, 1, name, mine, rehearsal=True
+        )  # refused where there are no rows, or delta is too large for so many
     spent, charger = _charges(options, rules)(account), EpsilonCharger(rules.accounts())
 
     def weighed(rounds: int) -> Weighing:

@@ -188,7 +188,6 @@ class LocalTrainer:
         """The steps of a plan: noisy gradients of Poisson batches, each followed like any other gradient.
 
         Raises:
-            DataError: there are no rows.
             UnsupportedError: a layer has no per-example gradients, or the model mixes examples.
         """
         from fedlearn.privacy.ghost import check_apart

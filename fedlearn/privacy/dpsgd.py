@@ -46,7 +46,7 @@ class DpSgd:
         engine: sums clipped gradients; the fast one where the model's layers allow it.
 
     Raises:
-        DataError: no rows, or a row without a group.
+        DataError: a row without a group.
         UnsupportedError: the plan is not for a site's own training.
     """
 

@@ -46,26 +46,35 @@ class SitePlan:
 def site_plan(study: Study, round_number: int, client: str, train: Batch, *, rehearsal: bool) -> SitePlan | None:
     """What a client's training in a round must keep to; None where the study has no plan for records or groups.
 
+    How many rows a real site has refuses nothing: a server could ask for one delta after another until it knows the number, for free.
+    There the ledger adds up at the site's own delta, whatever the study's is, and no rows at all give noise.
+
     Args:
         study: may ask for privacy.
         round_number: of the seeded mode's noise.
         client: likewise.
         train: the client's training rows.
-        rehearsal: True in a simulation; see `fedlearn.privacy.study.is_seeded`.
+        rehearsal: True in a simulation, and in a site's dry run; see `fedlearn.privacy.study.is_seeded`.
 
     Raises:
-        DataError: the client has as many units that delta promises nothing to them.
+        DataError: in a rehearsal, the client has no rows, or as many units that delta promises nothing to them.
     """
     if not protects_rows(study):
         return None
     plan = plan_of(study)
     assert plan is not None
     groups = train.groups if plan.unit is Unit.GROUP else None
-    units = len(train) if groups is None else len(np.unique(groups))
+    if rehearsal:
+        _check_count(plan, len(train) if groups is None else len(np.unique(groups)))
+    chance = chance_for(study, "dp-sgd", round_number, client, rehearsal=rehearsal)
+    return SitePlan(plan, chance, groups)
+
+
+def _check_count(plan: PrivacyPlan, units: int) -> None:
+    if units < 1:
+        raise DataError("DP-SGD: no training rows", hint="a site without data takes no part in the run")
     if plan.delta * units >= 1:
         raise DataError(
             f"privacy: delta is {plan.delta:g}, this client's {plan.unit.value}s need less than 1 over their number",
             hint="a smaller privacy.delta",
         )
-    chance = chance_for(study, "dp-sgd", round_number, client, rehearsal=rehearsal)
-    return SitePlan(plan, chance, groups)

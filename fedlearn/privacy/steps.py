@@ -39,13 +39,13 @@ class NoisySteps:
     """Batches and noise of one client, `draw` and `release` in turns, once a step.
 
     Args:
-        rows: how many there are.
+        rows: how many there are; without any, every batch is empty, and what is released is noise.
         plan: a record- or group-level plan.
         chance: of batches and noise.
         groups: the group of each row, shape (rows,), for a group-level plan.
 
     Raises:
-        DataError: no rows, or a row without a group.
+        DataError: a row without a group.
         UnsupportedError: the plan is not for a site's own training.
     """
 
@@ -54,8 +54,6 @@ class NoisySteps:
             raise UnsupportedError(
                 f"DP-SGD: got a {plan.unit.value}-level plan, expected Poisson batches of records or groups"
             )
-        if rows < 1:
-            raise DataError("DP-SGD: no training rows", hint="a site without data takes no part in the run")
         self.rows, self.plan = rows, plan
         self._chance, self._rate, self._denominator = chance, plan.sampling.rate, denominator(plan)
         self._groups = _members(rows, groups) if plan.unit is Unit.GROUP else None
@@ -101,7 +99,7 @@ class NoisySteps:
 
     def _ahead(self, numbers: int) -> int:
         """For how many steps to draw, each of which takes so many numbers."""
-        return min(self.plan.steps, max(1, AHEAD // numbers))
+        return min(self.plan.steps, max(1, AHEAD // max(1, numbers)))
 
     def _add_noise(self, sums: Sequence[npt.NDArray[Any]], std: float) -> None:
         size, dtype = sum(array.size for array in sums), sums[0].dtype

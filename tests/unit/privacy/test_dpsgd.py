@@ -353,10 +353,15 @@ def test_a_group_column_with_missing_ids_is_refused(groups):
         trainer(replace(PLAN, unit=Unit.GROUP), groups=groups)
 
 
-def test_no_rows_and_other_units_are_refused():
+def test_no_rows_give_noise():
+    dp = DpSgd(TabularNet(5, 3), lambda _: torch.zeros(0), 0, PLAN, seeded_chance(1))
+    found = torch.cat([g.flatten() for _ in range(30) for g in dp.gradient().values()])
+    assert float(found.std()) == pytest.approx(1.2 * 0.5 / (0.25 * 40), rel=0.1)
+    assert (dp.tally.empty, dp.tally.examples) == (30, 0)
+
+
+def test_other_units_are_refused():
     model = TabularNet(5, 3)
-    with pytest.raises(DataError, match="no training rows"):
-        DpSgd(model, lambda _: torch.zeros(0), 0, PLAN, seeded_chance(1))
     clients = PrivacyPlan(Unit.CLIENT, FixedCohort(5, 40), FixedClip(0.5), 1.0, 1e-4, units=40, rounds=1)
     with pytest.raises(UnsupportedError, match="client-level"):
         DpSgd(model, lambda _: torch.zeros(1), 1, clients, seeded_chance(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -9,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from fedlearn.errors import StudyError, UnsupportedError
+from fedlearn.errors import DataError, StudyError, UnsupportedError
 from fedlearn.learning import local
 from fedlearn.learning.task import Batch, ClientData
 from fedlearn.privacy.clipping import next_clip
 from fedlearn.privacy.dpsgd import DpSgd
 from fedlearn.privacy.mechanisms import secret_chance, seeded_chance
 from fedlearn.privacy.plan import CLIPS, AdaptiveClip, FixedClip, PoissonSampling, PrivacyPlan, Unit
-from fedlearn.privacy.site import SitePlan
+from fedlearn.privacy.site import SitePlan, site_plan
 from fedlearn.study import TrainTable
 from strategies import create
-from tests.support.tiny_task import TinyTask
+from tests.support.tiny_task import TinyTask, tiny_study
 
 PLAN = PrivacyPlan(Unit.RECORD, PoissonSampling(1.0), FixedClip(1.0), 1.0, 1e-4, units=8, rounds=1, steps=40)
 
@@ -125,5 +126,23 @@ class Centred(nn.Module):
 @pytest.mark.parametrize(("recurrent", "detached"), [(False, True), (False, False), (True, True), (True, False)])
 def test_a_model_that_mixes_rows_never_trains(recurrent, detached, rows):
     # One row more would move every other row's gradient: by its clip, and not by nothing.
+    torch.manual_seed(rows)
     with pytest.raises(UnsupportedError, match="beside it"):
         train(Centred(recurrent=recurrent, detached=detached), secret_chance(), rows)
+
+
+def test_how_many_rows_a_site_has_refuses_nothing_over_the_link():
+    # A refusal at delta >= 1 / n, free of charge, tells the number of rows to whoever asks for one delta after another.
+    for unit in ("record", "group"):
+        more = ("privacy.group=who",) if unit == "group" else ()
+        study = tiny_study(f"privacy.unit={unit}", "privacy.noise_multiplier=1.0", "privacy.delta=0.009", *more)
+        for rows in (0, 1, 111, 112):
+            batch = Batch(np.zeros((rows, 3)), np.zeros(rows), np.arange(rows).astype(str))
+            assert site_plan(study, 1, "ada", batch, rehearsal=False) is not None
+            with pytest.raises(DataError, match=r"rows|delta") if rows in {0, 112} else contextlib.nullcontext():
+                site_plan(study, 1, "ada", batch, rehearsal=True)
+
+
+def test_a_site_whose_rows_all_test_sends_noise():
+    model = nn.Linear(6, 3)
+    train(model, secret_chance(), 0)
