@@ -125,8 +125,8 @@ def plan(
     points, others, parts = curve(made, rounds_shown(made.rounds)), alternatives(made), shares(made)
     if json:
         best, masked = answer.reported, asked.secure_aggregation.enabled
-        without = unamplified(made, made.rounds, best.epsilon) if masked else None
-        promised = claims(made, best.epsilon, best.accountant, seeded=seeded, masked=without)
+        without = unamplified(made, made.rounds, best.epsilon)
+        promised = claims(made, best.epsilon, best.accountant, seeded=seeded, unsampled=without, masked=masked)
         print_json(
             {
                 "enforced": not given,

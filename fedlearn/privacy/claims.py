@@ -56,11 +56,15 @@ ZERO_OUT: Final = (
 )
 SERVER_SEES_ALL: Final = "the server adds the noise, so it sees every update as it is"
 SITES_KNOW: Final = "sites that mask together know who takes part in a round, so nothing is gained by sampling"
+SITES_ARE_DRAWN: Final = (
+    "each site knows whether it was drawn itself, and so many are drawn each round: what all others know together says who else was, so "
+    "nothing is gained by sampling"
+)
 SERVER_SEES_SUM: Final = "the server adds the noise, so it sees each round's exact sum; single updates are masked"
 
 
 def claims(
-    plan: PrivacyPlan, epsilon: float, accountant: str, *, seeded: bool, masked: float | None = None
+    plan: PrivacyPlan, epsilon: float, accountant: str, *, seeded: bool, unsampled: float, masked: bool = False
 ) -> tuple[Claim, ...]:
     """What a plan promises against each adversary.
 
@@ -69,7 +73,8 @@ def claims(
         epsilon: of its cost.
         accountant: that computed it, with its version.
         seeded: whether the run derives its noise from the study's seed.
-        masked: under secure aggregation, epsilon without what sampling gains; None without masks.
+        unsampled: epsilon without what a draw of a fixed number of clients gains; `epsilon` where there is no such draw.
+        masked: whether updates travel under secure aggregation.
     """
     found = []
     for adversary in Adversary:
@@ -78,9 +83,9 @@ def claims(
         if plan.shares is not None:
             caveat = plan.shares.premise
         elif plan.unit is Unit.CLIENT and adversary is Adversary.SERVER:
-            value, caveat = math.inf, SERVER_SEES_ALL if masked is None else SERVER_SEES_SUM
-        elif masked is not None and isinstance(plan.sampling, FixedCohort) and adversary is Adversary.OTHER_SITES:
-            value, caveat = masked, f"{SITES_KNOW}; {REAL_NUMBERS}"
+            value, caveat = math.inf, SERVER_SEES_SUM if masked else SERVER_SEES_ALL
+        elif isinstance(plan.sampling, FixedCohort) and adversary is Adversary.OTHER_SITES:
+            value, caveat = unsampled, f"{SITES_KNOW if masked else SITES_ARE_DRAWN}; {REAL_NUMBERS}"
         elif isinstance(plan.sampling, Spaced):
             caveat = f"{ZERO_OUT}; {caveat}"
         elif plan.unit is Unit.CLIENT and not isinstance(plan.sampling, Everyone):

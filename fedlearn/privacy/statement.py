@@ -96,7 +96,7 @@ def statement(
     evaluated = plan.evaluations(number if committed is None else committed)
     accounted = _account(plan, number if committed is None else committed, number)
     epsilon, accountant = accounted.reported.epsilon, accounted.reported.accountant
-    without_sampling = unamplified(plan, number, epsilon) if masked else None
+    without = unamplified(plan, number, epsilon)
     against = [
         {
             "adversary": claim.adversary.value,
@@ -105,8 +105,8 @@ def statement(
             "caveat": unseeded.caveat,
         }
         for claim, unseeded in zip(
-            claims(plan, epsilon, accountant, seeded=seeded, masked=without_sampling),
-            claims(plan, epsilon, accountant, seeded=False, masked=without_sampling),
+            claims(plan, epsilon, accountant, seeded=seeded, unsampled=without, masked=masked),
+            claims(plan, epsilon, accountant, seeded=False, unsampled=without, masked=masked),
             strict=True,
         )
     ]

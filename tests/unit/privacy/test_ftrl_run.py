@@ -156,7 +156,7 @@ def test_epsilon_is_met_by_the_least_noise_and_needs_less_of_it_than_independent
 def test_the_server_is_promised_nothing_and_the_caveat_names_the_neighbours():
     plan = plan_of(study_of())
     assert plan is not None
-    found = {claim.adversary: claim for claim in claims(plan, 1.0, "a", seeded=False)}
+    found = {claim.adversary: claim for claim in claims(plan, 1.0, "a", seeded=False, unsampled=1.0)}
     assert found[Adversary.SERVER].epsilon == math.inf
     assert found[Adversary.MODEL_READER].epsilon == 1.0
     assert "zero or are not" in found[Adversary.MODEL_READER].caveat

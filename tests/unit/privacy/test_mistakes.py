@@ -132,7 +132,7 @@ def test_10_counts_and_losses_stay():
 
 def test_11_floating_point_is_owned_up_to():
     records = PrivacyPlan(Unit.RECORD, PoissonSampling(0.1), FixedClip(1.0), 1.0, 1e-4, units=100, rounds=1)
-    assert all(REAL_NUMBERS in c.caveat for c in claims(records, 1.0, "a", seeded=False))
+    assert all(REAL_NUMBERS in c.caveat for c in claims(records, 1.0, "a", seeded=False, unsampled=1.0))
 
 
 def test_12_trials_are_charged():

@@ -118,15 +118,18 @@ def test_strategies_that_cannot_carry_a_plan_are_refused():
 
 
 def test_central_noise_promises_nothing_against_the_server():
-    by = {claim.adversary: claim for claim in claims(CLIENTS, 3.0, "a 1.0", seeded=False)}
+    by = {claim.adversary: claim for claim in claims(CLIENTS, 3.0, "a 1.0", seeded=False, unsampled=9.0)}
     assert by[Adversary.SERVER].epsilon == math.inf
     assert "the server adds the noise" in by[Adversary.SERVER].caveat
-    assert by[Adversary.MODEL_READER].epsilon == by[Adversary.OTHER_SITES].epsilon == 3.0
+    assert by[Adversary.MODEL_READER].epsilon == 3.0
+    assert by[Adversary.OTHER_SITES].epsilon == 9.0, (
+        "each knows whether it was drawn, and together how many of the rest were"
+    )
     assert "hidden" in by[Adversary.MODEL_READER].caveat
 
 
 def test_a_site_that_adds_its_own_noise_is_safe_from_the_server_too():
-    found = claims(RECORDS, 3.0, "a 1.0", seeded=False)
+    found = claims(RECORDS, 3.0, "a 1.0", seeded=False, unsampled=3.0)
     assert {claim.adversary for claim in found} == set(Adversary)
     assert all(claim.epsilon == 3.0 and claim.unit is Unit.RECORD and claim.accountant == "a 1.0" for claim in found)
     assert all("floating point" in claim.caveat for claim in found)
@@ -134,4 +137,6 @@ def test_a_site_that_adds_its_own_noise_is_safe_from_the_server_too():
 
 def test_a_seeded_run_promises_nothing_to_anybody():
     for plan in (RECORDS, CLIENTS):
-        assert all(c.epsilon is None and "not private" in c.caveat for c in claims(plan, 3.0, "a", seeded=True))
+        assert all(
+            c.epsilon is None and "not private" in c.caveat for c in claims(plan, 3.0, "a", seeded=True, unsampled=3.0)
+        )

@@ -103,6 +103,9 @@ def test_sites_that_mask_together_know_who_takes_part_so_sampling_gains_nothing_
     assert sites["epsilon"] == account(each, plan.delta).reported.epsilon > 2 * plain["epsilon"]
     assert "nothing is gained by sampling" in sites["caveat"]
     assert reader["epsilon"] == plain["epsilon"] == masked["epsilon"]
+    apart = {one["adversary"]: one for one in plain["against"]}["other sites"]
+    assert apart["epsilon"] == sites["epsilon"], "nine of ten that were not drawn know that the tenth was"
+    assert "was drawn itself" in apart["caveat"]
     assert server["epsilon"] == "infinite"
     assert "exact sum" in server["caveat"]
     for name in ("record", "client, everybody"):
