@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,13 +54,20 @@ class BudgetTable(BaseModel):
         return Budget(self.epsilon, self.delta, self.rule, self.order)
 
 
+class GroupBudgetTable(BudgetTable):
+    """[budgets.group]: also whose rows belong together. A study names a column too; were that enough, it could protect visits and call them groups."""
+
+    column: Annotated[str, Field(min_length=1, max_length=200)]
+    """The column, or array, that names each row's person or account. A study that protects another one's groups is refused."""
+
+
 class BudgetTables(BaseModel):
     """[budgets]: one for each unit that studies may protect."""
 
     model_config = STRICT
 
     record: BudgetTable | None = None
-    group: BudgetTable | None = None
+    group: GroupBudgetTable | None = None
     client: BudgetTable | None = None
 
     def of(self, unit: str) -> BudgetTable | None:
@@ -166,12 +174,21 @@ class SiteRules(BaseModel):
             raise PolicyRefusedError("policy: seeded = false, and the study has no [privacy]: nothing of it is private")
 
     def _check_private(self, table: PrivacyTable) -> None:
+        column = (
+            f"    column = {json.dumps(table.group)}  # what names a person here\n" if table.unit == "group" else ""
+        )
         if self.budgets.of(table.unit) is None:
             raise PolicyRefusedError(
                 f"policy: budgets: the study protects each {table.unit} of {self.dataset!r}, and this site has no budget for that",
                 hint="whoever answers for the data may add to the site's policy file:\n"
-                f"    [budgets.{table.unit}]\n    epsilon = {table.epsilon or 3.0:g}\n    delta = {table.delta:g}\n"
+                f"    [budgets.{table.unit}]\n    epsilon = {table.epsilon or 3.0:g}\n    delta = {table.delta:g}\n{column}"
                 '    rule = "fixed"  # exact for studies of one kind; leave it out where several kinds share the data',
+            )
+        if self.budgets.group is not None and table.unit == "group" and table.group != self.budgets.group.column:
+            raise PolicyRefusedError(
+                f"policy: budgets.group.column: the study protects the groups of {table.group!r}, this site's budget is for those of "
+                f"{self.budgets.group.column!r}",
+                hint=f"set privacy.group = {json.dumps(self.budgets.group.column)} in the study",
             )
         if table.seeded and not self.admits_seeded:
             raise PolicyRefusedError(
@@ -211,6 +228,7 @@ def load_rules(path: Path | None) -> SiteRules:
 
 def _keys_beside(where: list[str]) -> list[str]:
     """The keys that are valid where an unknown one stands."""
-    levels: tuple[type[BaseModel], ...] = (SiteRules, BudgetTables, BudgetTable)
+    table = GroupBudgetTable if where[:-1] == ["budgets", "group"] else BudgetTable
+    levels: tuple[type[BaseModel], ...] = (SiteRules, BudgetTables, table)
     found: dict[str, Any] = levels[len(where) - 1].model_fields
     return list(found)

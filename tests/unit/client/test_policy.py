@@ -53,6 +53,11 @@ def private(more: str = "") -> Study:
     return parse_study(f'name = "s"\nrounds = 3\n[task]\nname = "hospital/heart"\n{PRIVATE}{more}')
 
 
+def grouped(column: str) -> Study:
+    more = PRIVATE.replace('"record"', f'"group"\ngroup = "{column}"')
+    return parse_study(f'name = "s"\nrounds = 3\n[task]\nname = "hospital/heart"\n{more}')
+
+
 def rules_of(tmp_path, text: str) -> SiteRules:
     path = tmp_path / "policy.toml"
     path.write_text(text)
@@ -69,7 +74,23 @@ def test_a_plan_without_a_budget_is_refused_with_lines_that_admit_it(tmp_path):
 
 def test_a_budget_of_another_unit_is_none(tmp_path):
     with pytest.raises(PolicyRefusedError, match="protects each record of 'hospital/heart'"):
-        rules_of(tmp_path, BUDGET.replace("record", "group")).admit(asked(private()))
+        rules_of(tmp_path, BUDGET.replace("record", "client")).admit(asked(private()))
+
+
+def test_a_server_does_not_choose_what_a_group_is(tmp_path):
+    """A study for groups of `visit` protects visits. Charged to the people's account, its epsilon would be of something else."""
+    budget = BUDGET.replace("record", "group")
+    with pytest.raises(StudyError, match=r"budgets\.group\.column"):
+        rules_of(tmp_path, budget)
+    rules = rules_of(tmp_path, budget + 'column = "patient"\n')
+    people, visits = (grouped(column) for column in ("patient", "visit"))
+    assert rules.admit(asked(people)) == people
+    with pytest.raises(PolicyRefusedError, match="groups of 'visit', this site's budget is for those of 'patient'"):
+        rules.admit(asked(visits))
+    with pytest.raises(PolicyRefusedError, match="no budget") as caught:
+        rules_of(tmp_path, BUDGET).admit(asked(visits))
+    lines = caught.value.hint.partition("\n")[2]
+    assert rules_of(tmp_path, textwrap.dedent(lines)).admit(asked(visits)) == visits
 
 
 def test_a_site_with_a_budget_refuses_what_is_not_counted(tmp_path):
