@@ -70,6 +70,7 @@ class Site:
         """
         heads = take_heads(message.content)
         request = messages.decode_facts(message.content)
+        messages.check_type(request.exchange, message.metadata.message_type)
         study = self._rules.admit(request)
         masks = self._masks(study)
         if study.privacy is None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, RecordDict
 
 from fedlearn.clock import Clock, SystemClock
 from fedlearn.errors import FedlearnError, RemoteProtocolError
@@ -32,16 +32,6 @@ REASK_S: Final = 30.0
 """A client that would not, or could not, say who it is, is asked again after this long."""
 STOCK_POLL_S: Final = 0.5
 """Flower's own grid cannot be waited on, only asked. Ours is never polled."""
-
-MESSAGE_TYPES: Final = {
-    Exchange.DESCRIBE: MessageType.QUERY,
-    Exchange.TRAIN: MessageType.TRAIN,
-    Exchange.EVALUATE: MessageType.EVALUATE,
-    Exchange.CHECK_IN: f"{MessageType.QUERY}.check_in",
-    Exchange.SHARE: f"{MessageType.QUERY}.share",
-    Exchange.UNMASK: f"{MessageType.QUERY}.unmask",
-    Exchange.CLOSE: f"{MessageType.QUERY}.close",
-}
 
 
 class GridBackend:
@@ -115,7 +105,7 @@ class GridBackend:
     def tell_end(self, word: bytes) -> None:
         """Tell every site that is here that the run is over; see `fedlearn.link.closing`."""
         client_of = {node: client for client, node in self._node_of.items()}
-        kind = MESSAGE_TYPES[Exchange.CLOSE]
+        kind = messages.MESSAGE_TYPES[Exchange.CLOSE]
         outgoing = {node: Message(self._encoder.close(word), node, kind, ttl=CLOSE_S) for node in client_of}
         for node, reply in self._send(outgoing, CLOSE_S):
             self._remember(client_of[node], reply)
@@ -137,7 +127,11 @@ class GridBackend:
             yield client, "not connected"
         outgoing = {
             self._node_of[client]: Message(
-                request, self._node_of[client], MESSAGE_TYPES[exchange], ttl=work.deadline_s, group_id=str(work.round)
+                request,
+                self._node_of[client],
+                messages.MESSAGE_TYPES[exchange],
+                ttl=work.deadline_s,
+                group_id=str(work.round),
             )
             for client, request in present.items()
         }
@@ -188,7 +182,8 @@ class GridBackend:
         for node, question in questions.items():
             if self._heads is not None and self._client_name is not None:
                 self._remind(self._client_name(node), question)
-        outgoing = {n: Message(question, n, MessageType.QUERY, ttl=DESCRIBE_S) for n, question in questions.items()}
+        kind = messages.MESSAGE_TYPES[Exchange.DESCRIBE]
+        outgoing = {n: Message(question, n, kind, ttl=DESCRIBE_S) for n, question in questions.items()}
         started_s = self._clock.monotonic()
         answers = dict(self._send(outgoing, DESCRIBE_S))
         for node in nodes:  # not in order of arrival: of two that claim one name the smaller id has it

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from flwr.app import Array as FlowerArray
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MessageType, MetricRecord, RecordDict
 
 from fedlearn.arrays import LIMITS, Arrays, check_limits
 from fedlearn.errors import LimitExceededError, RemoteProtocolError
@@ -31,6 +31,16 @@ PRIVATE: Final = "private."
 MASKED: Final = "masked"
 KEYED: Final = frozenset({Exchange.CHECK_IN, Exchange.SHARE, Exchange.UNMASK})
 """Exchanges of secure aggregation whose messages hold no model."""
+MESSAGE_TYPES: Final = {
+    Exchange.DESCRIBE: MessageType.QUERY,
+    Exchange.TRAIN: MessageType.TRAIN,
+    Exchange.EVALUATE: MessageType.EVALUATE,
+    Exchange.CHECK_IN: f"{MessageType.QUERY}.check_in",
+    Exchange.SHARE: f"{MessageType.QUERY}.share",
+    Exchange.UNMASK: f"{MessageType.QUERY}.unmask",
+    Exchange.CLOSE: f"{MessageType.QUERY}.close",
+}
+"""Flower's name of what a message asks, by which an app chooses the function that answers: one for each exchange."""
 FORMAT: Final = 1
 
 MAX_METRICS: Final = 1_000
@@ -162,6 +172,18 @@ def decode_facts(content: RecordDict) -> Request:
         body=_bytes(facts, "body") if "body" in facts else b"",
         length=_number(facts, "length") if "length" in facts else 0,
     )
+
+
+def check_type(exchange: Exchange, message_type: str) -> None:
+    """A message is answered by what its type names, and admitted by what it says that it asks: both must be the same.
+
+    Raises:
+        RemoteProtocolError: they are not.
+    """
+    if message_type != MESSAGE_TYPES[exchange]:
+        raise RemoteProtocolError(
+            f"message: it asks for {exchange.value} and has the type {message_type!r}, expected {MESSAGE_TYPES[exchange]!r}"
+        )
 
 
 def encode_description(client: str, facts: Mapping[str, str | int | float]) -> RecordDict:

@@ -13,6 +13,7 @@ from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange, Work
 from fedlearn.learning.checkpoint import broadcast_digest
 from fedlearn.learning.local import initial_weights
+from fedlearn.learning.messages import MESSAGE_TYPES
 from fedlearn.learning.strategy import ServerState
 from fedlearn.learning.vectors import masking_plan, subject_of
 from fedlearn.link import flower
@@ -26,7 +27,6 @@ from fedlearn.secagg.messages import to_bytes
 from fedlearn.secagg.plan import Terms
 from fedlearn.secagg.server import ServerRound
 from fedlearn.tasks import load_task
-from server.rounds import MESSAGE_TYPES
 from tests.support.desk_site import DeskSites
 from tests.support.tiny_task import CLIENTS, NAME, tiny_study
 
