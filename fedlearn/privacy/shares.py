@@ -104,5 +104,5 @@ def premise(honest: int, colluding: int) -> str:
     return (
         "neighbours: one client's updates are zeros or are not; "
         f"at least {honest} honest clients add their noise, in integers, to every sum that is opened, whatever"
-        f" {colluding} others and the server do together; who takes part is public, and nothing is gained by sampling"
+        f" {colluding} other{'' if colluding == 1 else 's'} and the server do together; who takes part is public, and nothing is gained by sampling"
     )

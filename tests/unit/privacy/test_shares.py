@@ -115,7 +115,7 @@ def test_a_statement_promises_the_same_against_the_server():
     assert math.isfinite(said["epsilon"])
     text = "\n".join(lines(said))
     assert "at least 2 honest clients add their noise, in integers" in text
-    assert "whatever 1 others and the server do together" in text
+    assert "whatever 1 other and the server do together" in text
     assert "nothing is gained by sampling" in text
     assert "sums of fewer than 3 clients are not opened" in text
     assert "floating point" not in text
