@@ -37,7 +37,7 @@ class BudgetTable(BaseModel):
     delta: Annotated[float, Field(gt=0, lt=1)]
     """Of that epsilon; below 1 / the number of records, people or clients."""
     rule: StopRule = Field(StopRule.ADAPTIVE, strict=False)
-    """How charges add up; an account keeps its rule for life. See `fedlearn.privacy.budget`."""
+    """How charges add up; an account keeps its rule and its order for life. See `fedlearn.privacy.budget`."""
     order: Annotated[float, Field(gt=1)] | None = None
     """Of the adaptive rule's divergences."""
 

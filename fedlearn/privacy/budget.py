@@ -10,7 +10,8 @@ Which rule is right depends on what is charged, so the policy names it, in advan
     totally ordered, so stopping early on what was seen costs nothing (Regehr et al. 2026, "Privacy filters are captured by residues",
     arXiv 2602.15815, which also shows that in general it does). Any other event is refused.
 
-An account keeps its rule for life: changing it after releases were seen would itself be adaptive.
+An account keeps its rule and its order for life (`Ledger.note_budgets`): changing them after releases were seen would itself be adaptive. Its
+epsilon may be raised.
 """
 
 from __future__ import annotations
@@ -80,6 +81,12 @@ class Budget:
             return self.order
         room = (self.epsilon - rdp.overhead(self.delta)) / np.array(rdp.ORDERS)
         return rdp.ORDERS[int(np.argmax(room))]
+
+    @property
+    def adds_up_by(self) -> str:
+        """What an account keeps for life, in the policy's words."""
+        order = f", order = {self.used_order:g}" if self.rule is StopRule.ADAPTIVE else ""
+        return f'rule = "{self.rule.value}"{order}'
 
     @property
     def room(self) -> float:

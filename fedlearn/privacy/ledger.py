@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fedlearn.clock import Clock, SystemClock
-from fedlearn.errors import StateError
+from fedlearn.errors import StateError, StudyError
 from fedlearn.privacy.chain import (
     MAX_RECORD_BYTES,
     MAX_RECORDS,
@@ -98,6 +98,7 @@ class Ledger:
         self._hashes: list[str] = []
         self._keys: list[str] = []
         self._budgets: Mapping[str, Any] = {}
+        self._noted: dict[str, Any] = {}  # of every account that ever had one, its last
         self._last: Record | None = None
         self._failed = False
         records, torn, size = split(disk.read())
@@ -178,7 +179,21 @@ class Ledger:
         self._append(Kind.OVERRIDE, {"who": who[:200], "what": what[:1000], "why": why[:1000]})
 
     def note_budgets(self, budgets: Mapping[str, Budget]) -> None:
-        """Note the budgets of the site's policy, where they are not those last noted."""
+        """Note the budgets of the site's policy, where they are not those last noted.
+
+        Raises:
+            StateError: a budget adds up by another rule, or at another order, than what was charged before; then nothing is noted.
+        """
+        for name, budget in budgets.items():
+            if not self._charges.get(name) or name not in self._noted:
+                continue
+            then, now = noted_budget(self._noted[name]).adds_up_by, budget.adds_up_by
+            if then != now:
+                raise StateError(
+                    f"ledger of {self.data_set!r}: account {name!r} was charged under {then}, the policy says {now}: "
+                    "whoever changes that after releases were seen chooses by them",
+                    hint=f"write into the policy's budget: {then}",
+                )
         body = {name: {**b.__dict__, "rule": b.rule.value} for name, b in sorted(budgets.items())}
         if body != self._budgets:
             self._append(Kind.BUDGETS, body)
@@ -262,6 +277,7 @@ class Ledger:
                     self._keys.append(str(body["public_key"]))
                 case Kind.BUDGETS:
                     self._budgets = body
+                    self._noted |= body
                 case Kind.CHARGE:
                     charge = Charge(str(body["account"]), str(body["cost"]))
                     self._charges[charge.account].append(charge)
@@ -306,6 +322,20 @@ def split(data: bytes) -> tuple[list[Record], bytes, int]:
         records.append(record)
         prev, position = record.sha256, end + 1
     return records, data[position:], position
+
+
+def noted_budget(fields: Any) -> Budget:
+    """A budget as a ledger has it.
+
+    Raises:
+        StateError: it is damaged.
+    """
+    from fedlearn.privacy.budget import Budget, StopRule
+
+    try:
+        return Budget(**{**fields, "rule": StopRule(fields["rule"])})
+    except (KeyError, TypeError, ValueError, StudyError) as error:
+        raise StateError(f"ledger: a noted budget is damaged: {error}") from None
 
 
 def _check_torn(rest: bytes, seq: int, error: BadRecordError) -> None:

@@ -8,15 +8,15 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from fedlearn.clock import Clock
-from fedlearn.errors import StateError, StudyError
+from fedlearn.errors import StateError
 from fedlearn.lock import FolderLock
-from fedlearn.privacy.budget import Budget, StopRule, spent_epsilon
+from fedlearn.privacy.budget import Budget, spent_epsilon
 from fedlearn.privacy.chain import Kind, Record, SignedHead, check_signature, verify
 from fedlearn.privacy.events import Cost
-from fedlearn.privacy.ledger import Ledger, split
+from fedlearn.privacy.ledger import Ledger, noted_budget, split
 from fedlearn.release.charge import Charge
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def account_states(records: list[Record]) -> list[AccountState]:
     for record in records:
         body = record.body
         if record.kind is Kind.BUDGETS:
-            budgets = {str(name): _budget(fields) for name, fields in body.items()}
+            budgets = {str(name): noted_budget(fields) for name, fields in body.items()}
         elif record.kind is Kind.CHARGE:
             runs[body["account"]][body["key"]["run"]] += 1
             account_of[body["key_sha256"]] = body["account"]
@@ -282,13 +282,6 @@ def _read(path: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise StateError(f"ledger {file}: cannot be read: {error.strerror}", hint="name the ledger's folder") from None
-
-
-def _budget(fields: Any) -> Budget:
-    try:
-        return Budget(**{**fields, "rule": StopRule(fields["rule"])})
-    except (KeyError, TypeError, ValueError, StudyError) as error:
-        raise StateError(f"ledger: a noted budget is damaged: {error}") from None
 
 
 def _epsilon(costs: list[str], budget: Budget | None) -> float | None:

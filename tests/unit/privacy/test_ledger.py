@@ -68,6 +68,34 @@ def test_the_same_record_gives_the_same_bytes():
     assert first.read() == second.read()
 
 
+@pytest.mark.parametrize(
+    ("other", "names"),
+    [
+        (Budget(3.0, 1e-5, StopRule.FIXED), "rule"),
+        (Budget(3.0, 1e-5, order=9.0), "order"),
+        (Budget(30.0, 1e-5), "order"),
+    ],
+    ids=["rule", "order", "an order that follows from the budget"],
+)
+def test_an_account_keeps_its_rule_and_its_order_for_life(other, names):
+    # A Renyi filter is valid at an order that was fixed in advance, and the exact rule for what is of one kind in advance.
+    disk = MemoryDisk()
+    ledger = opened(disk)
+    ledger.note_budgets(BUDGETS)
+    ledger.note_budgets({ACCOUNT: other})  # nothing was charged yet
+    ledger.note_budgets(BUDGETS)
+    ledger.charge(key(1), CHARGE)
+    ledger.note_budgets({})
+    before = disk.read()
+    for again in (ledger, opened(disk)):
+        with pytest.raises(StateError, match=f"charged under .* the policy says .*{names}"):
+            again.note_budgets({ACCOUNT: other})
+    assert disk.read() == before
+    raised = Budget(30.0, 1e-5, order=BUDGETS[ACCOUNT].used_order)
+    opened(disk).note_budgets({ACCOUNT: raised})
+    assert account_states(split(disk.read())[0])[0].budget == raised
+
+
 @pytest.mark.parametrize("signer", [KEY, ec.derive_private_key(12345, ec.SECP256R1())], ids=["ed25519", "p256"])
 def test_every_record_is_signed(tmp_path, signer):
     with LedgerFolder(tmp_path / "l", "cleveland", "heart", signer) as ledger:
