@@ -199,8 +199,8 @@ class MaskedRounds(SecureRounds):
             return None
         if not isinstance(message, Masked):
             return None
-        first = message.vector[: packed_bytes(SAMPLE, bits)]
-        return Seen(reply.client, tuple(map(int, unpack(first, len(first) * 8 // bits, bits))))
+        count = min(SAMPLE, len(message.vector) * 8 // bits)
+        return Seen(reply.client, tuple(map(int, unpack(message.vector[: packed_bytes(count, bits)], count, bits))))
 
     def _say(self, exchange: Exchange, work: Work, bodies: Mapping[str, bytes]) -> Iterator[Said | Failed]:
         if not work.cohort:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from random import Random
 
 import pytest
 from cryptography import x509
@@ -74,3 +75,17 @@ def test_the_authoritys_own_certificate_is_no_clients(authority):
     ca_pem = (authority / "ca.pem").read_bytes()
     der = x509.load_pem_x509_certificate(ca_pem).public_bytes(Encoding.DER)
     refused(CertificateEnrolment(ca_pem), "ada", der)
+
+
+def test_whatever_bytes_a_client_sends_are_refused_by_name(authority):
+    """One that ended in another error would end the coordinator's run, not that client's part in it."""
+    _, claim = identity_of(bundle(authority, "ada"))
+    enrolment, random = CertificateEnrolment((authority / "ca.pem").read_bytes()), Random(5)
+    version = claim.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x09", 1)
+    assert version != claim
+    refused(enrolment, "ada", version)
+    for _ in range(2_000):
+        altered = bytearray(claim)
+        altered[random.randrange(len(altered))] ^= random.randrange(1, 256)
+        refused(enrolment, "ada", bytes(altered))
+        refused(enrolment, "ada", claim[: random.randrange(len(claim))])

@@ -1,0 +1,59 @@
+"""A hostile client in masked rounds: it drops out or is named, and the others' rounds go on with an exact sum."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedlearn import events
+from fedlearn.learning.backend import Exchange, Said
+from fedlearn.secagg.messages import Agreement, Masked, from_bytes, to_bytes
+from tests.unit.simulation.test_masked import Sim, study_of
+
+LIAR = "ada"
+
+
+def spoiling(exchange, change, at_round=2):
+    """The liar's answers to one exchange of one round are changed; it answers first, as who hurries would."""
+
+    def spoil(now, work, replies):
+        for reply in replies:
+            lies = (now, work.round, reply.client) == (exchange, at_round, LIAR) and isinstance(reply, Said)
+            yield change(reply) if lies else reply
+
+    return spoil
+
+
+def vector(change):
+    def changed(reply):
+        masked = from_bytes(reply.body)
+        return replace(reply, body=to_bytes(Masked(masked.signature, change(masked.vector))))
+
+    return changed
+
+
+def body(data):
+    return lambda reply: replace(reply, body=data)
+
+
+NO_VECTORS = {
+    "one byte is missing": vector(lambda v: v[:-1]),
+    "two bytes": vector(lambda v: v[:2]),
+    "seven bytes": vector(lambda v: v[:7]),
+    "one number too many": vector(lambda v: v + v[:4]),
+    "a message that cannot be read": body(b"\xff\xff"),
+    "an empty message": body(b""),
+    "a message of another exchange": body(to_bytes(Agreement(b"x"))),
+}
+
+
+@pytest.mark.parametrize("bits", [16, 24, 32])
+@pytest.mark.parametrize("attack", NO_VECTORS)
+def test_what_is_no_masked_vector_costs_its_sender_the_round_and_nobody_else(attack, bits):
+    study = study_of(f"secure_aggregation.ring_bits={bits}", "secure_aggregation.max_clients=4")
+    sim = Sim(study, spoil=spoiling(Exchange.TRAIN, NO_VECTORS[attack]))
+    sim.run()
+    assert [event.clients for event in sim.of(events.RoundFinished)] == [4, 3, 4]
+    assert [event.client for event in sim.of(events.ClientDropped)] == [LIAR]
+    assert not sim.of(events.RoundVoid)
