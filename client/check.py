@@ -15,6 +15,7 @@ from fedlearn.learning.backend import Exchange
 from fedlearn.learning.messages import Request
 from fedlearn.link import LinkClient
 from fedlearn.privacy.budget import EpsilonCharger, spent_epsilon
+from fedlearn.privacy.claims import shown
 from fedlearn.privacy.events import Cost
 from fedlearn.privacy.ledger_file import LEDGER_FILE, charges_of, read_records, verify_ledger
 from fedlearn.release.charge import Charge
@@ -92,7 +93,7 @@ def _budget(options: AgentOptions) -> str:
     for account, budget in rules.accounts().items():
         spent = spent_epsilon([Cost.from_text(charge.cost) for charge in charges(account)], budget)
         if spent or not account.endswith(SEEDED):
-            found.append(f"{account}: epsilon {spent:.4f} of {budget.epsilon:g} spent (delta {budget.delta:g})")
+            found.append(f"{account}: epsilon {shown(spent)} of {budget.epsilon:g} spent (delta {budget.delta:g})")
     return "; ".join(found)
 
 
@@ -129,8 +130,8 @@ def _study(options: AgentOptions) -> str:
     first = weighed(least)
     if not first.allowed:
         raise PolicyRefusedError(
-            f"{study.name}: {'the run' if least > 1 else 'its first round'} would take {account!r} from epsilon {first.spent:.4f} "
-            f"to {first.after:.4f}, the budget is {first.budget}",
+            f"{study.name}: {'the run' if least > 1 else 'its first round'} would take {account!r} from epsilon {shown(first.spent)} "
+            f"to {shown(first.after)}, the budget is {first.budget}",
             hint="a study with more noise or fewer rounds; or whoever answers for the data raises the budget",
         )
     fits, too_many = least, most + 1
@@ -139,7 +140,7 @@ def _study(options: AgentOptions) -> str:
         fits, too_many = (middle, too_many) if weighed(middle).allowed else (fits, middle)
     end = weighed(fits)
     lasts = "" if fits == most else f"; the budget ends it after {fits} of its {most} rounds"
-    return f"{study.name}: admitted; {account!r} goes from epsilon {end.spent:.4f} to {end.after:.4f} of {end.budget}{lasts}"
+    return f"{study.name}: admitted; {account!r} goes from epsilon {shown(end.spent)} to {shown(end.after)} of {end.budget}{lasts}"
 
 
 def _charges(options: AgentOptions, rules: SiteRules) -> Callable[[str], Sequence[Charge]]:

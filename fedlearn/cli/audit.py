@@ -126,11 +126,13 @@ def _lines(every_s: float = 20.0) -> Callable[[int, int, str], None]:
 
 
 def _print(report: AuditReport) -> None:
+    from fedlearn.privacy.claims import shown
+
     plan, finding, evidence = report.plan, report.finding, report.audited.evidence
     units = {"record": "records", "group": "groups", "client": "clients"}[plan.unit.value]
     where = f" among the {units} of {report.audited.among}" if report.audited.among else " among the clients"
     print(
-        f"claim:  epsilon <= {report.claim.epsilon:.4g} at delta {plan.delta:g}, unit {plan.unit.value}, {plan.relation.value}"
+        f"claim:  epsilon <= {shown(report.claim.epsilon)} at delta {plan.delta:g}, unit {plan.unit.value}, {plan.relation.value}"
     )
     print(f"        by {report.claim.accountant}; against whoever reads every noisy release")
     print(

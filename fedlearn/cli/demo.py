@@ -297,10 +297,19 @@ def _print(
         print(
             "\nWhat each hospital's own ledger has charged, every entry signed by it before the round's update left:\n"
         )
+        from fedlearn.privacy.claims import shown
+
         charged = [
-            (name, s.account, s.charges, s.epsilon, s.budget.epsilon if s.budget else None) for name, s in ledgers
+            (
+                name,
+                s.account,
+                s.charges,
+                None if s.epsilon is None else shown(s.epsilon),
+                s.budget.epsilon if s.budget else None,
+            )
+            for name, s in ledgers
         ]
-        print_table(charged, ("hospital", "account", "rounds", "epsilon", "budget"), indent="  ")
+        print_table(charged, ("hospital", "account", "rounds", "epsilon", "budget"), indent="  ", right=(3,))
     print("\nAUC on each hospital's own test patients, a fifth of its own, that nobody trained on:\n")
     rows = comparison.table()
     print_table([tuple(row.values()) for row in rows], ("hospital", "test", *list(rows[0])[2:]), indent="  ")

@@ -41,6 +41,8 @@ def show(ledger: Folders, json: Json = False, debug: Debug = False) -> None:
 
 
 def _print(states: Sequence[AccountState], found: Verification, *, first: bool) -> None:
+    from fedlearn.privacy.claims import shown
+
     before = "" if first else "\n"
     print(f"{before}site {found.site}, data set {found.data_set}: {found.records} records, head {found.head[:16]}\n")
     rows = [
@@ -49,13 +51,13 @@ def _print(states: Sequence[AccountState], found: Verification, *, first: bool) 
             s.charges,
             s.voids,
             s.refusals,
-            s.epsilon,
+            None if s.epsilon is None else shown(s.epsilon),
             s.budget.epsilon if s.budget else None,
             s.budget.rule.value if s.budget else "-",
         )
         for s in states
     ]
-    print_table(rows, ("account", "charges", "voids", "refusals", "epsilon", "budget", "rule"))
+    print_table(rows, ("account", "charges", "voids", "refusals", "epsilon", "budget", "rule"), right=(4,))
     for problem in found.problems:
         print(f"\nproblem: {problem}")
 

@@ -81,7 +81,7 @@ def plan(
     from fedlearn.app import load_app
     from fedlearn.learning.combine import check_combination
     from fedlearn.privacy.accounting import account
-    from fedlearn.privacy.claims import claims
+    from fedlearn.privacy.claims import claims, shown
     from fedlearn.privacy.statement import lines, statement, unamplified
     from fedlearn.privacy.study import plan_of
     from fedlearn.privacy.what_if import alternatives, curve, draw, rounds_shown, shares
@@ -156,16 +156,19 @@ def plan(
     for line in lines(said):
         print(line)
     if prv:
-        print("  " + "; ".join(f"{b.epsilon:.4f} by {b.accountant}" for b in answer.shown))
+        print("  " + "; ".join(f"{shown(b.epsilon)} by {b.accountant}" for b in answer.shown))
     print()
-    print_table(points, ("after round", "epsilon", "Rényi bound"))
+    print_table(
+        [(n, shown(e), shown(r)) for n, e, r in points], ("after round", "epsilon", "Rényi bound"), right=(1, 2)
+    )
     print()
     if len(parts) > 1:
-        print_table(list(parts.items()), ("what, alone", "epsilon"))
+        print_table([(what, shown(e)) for what, e in parts.items()], ("what, alone", "epsilon"), right=(1,))
         print()
     print_table(
-        [(o.what, o.rounds, o.noise_multiplier, o.sampling, o.epsilon) for o in others],
+        [(o.what, o.rounds, o.noise_multiplier, o.sampling, shown(o.epsilon)) for o in others],
         ("what if", "rounds", "noise", "drawn", "epsilon"),
+        right=(4,),
     )
     print(f"\n{notice}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -61,6 +62,12 @@ SITES_ARE_DRAWN: Final = (
     "nothing is gained by sampling"
 )
 SERVER_SEES_SUM: Final = "the server adds the noise, so it sees each round's exact sum; single updates are masked"
+
+
+def shown(epsilon: float | Decimal, digits: int = 4) -> str:
+    """An epsilon as people see it: rounded up, so that none stands anywhere that is not true."""
+    exact = Decimal(str(epsilon))
+    return f"{exact.quantize(Decimal(10) ** -digits, rounding=ROUND_CEILING):f}" if exact.is_finite() else "infinite"
 
 
 def claims(

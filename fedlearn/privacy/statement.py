@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from fedlearn import events
-from fedlearn.privacy.claims import NOT_PRIVATE, claims
+from fedlearn.privacy.claims import NOT_PRIVATE, claims, shown
 from fedlearn.privacy.events import Cost, Gaussian, Repeated
 from fedlearn.privacy.plan import AdaptiveClip, FixedCohort, PoissonSampling, PrivacyPlan, Spaced, Unit
 from fedlearn.privacy.study import is_seeded, plan_of
@@ -187,7 +187,7 @@ def headline(value: Mapping[str, Any]) -> str:
     rounds = value["rounds"]
     over = f"{rounds} round{'' if rounds == 1 else 's'} {'planned' if value['state'] == PLANNED else 'released'}"
     words = (
-        f"epsilon {number:.4f} at delta {value['delta']:g}, unit {value['unit']} "
+        f"epsilon {shown(number)} at delta {value['delta']:g}, unit {value['unit']} "
         f"(neighbours: {value['neighbours']}), {over}"
     )
     return f"NOT PRIVATE, a seeded rehearsal of {words}" if seeded else words
@@ -215,15 +215,15 @@ def lines(value: Mapping[str, Any]) -> Iterator[str]:
             f"  and {value['evaluations']} evaluations of test rows by noisy sums, noise multiplier "
             f"{value['evaluation_noise']:.4f}: in this epsilon too"
         )
-    others = "".join(f"; {o['epsilon']:.4f} by {o['accountant']}" for o in value["other_accountants"])
+    others = "".join(f"; {shown(o['epsilon'])} by {o['accountant']}" for o in value["other_accountants"])
     yield f"  by {value['accountant']}{others}; counted: {value['counted']}"
     groups: dict[tuple[str, str], list[str]] = {}
     for one in value["against"]:
         found = one.get("rehearsed_epsilon", one["epsilon"])
-        shown = found if isinstance(found, str) else f"{found:.4f}"
-        groups.setdefault((shown, one["caveat"]), []).append(one["adversary"])
-    for (shown, caveat), adversaries in groups.items():
-        yield f"  against {', '.join(adversaries)}: {shown}; {caveat}"
+        number = found if isinstance(found, str) else shown(found)
+        groups.setdefault((number, one["caveat"]), []).append(one["adversary"])
+    for (number, caveat), adversaries in groups.items():
+        yield f"  against {', '.join(adversaries)}: {number}; {caveat}"
     if not value["private"]:
         yield f"  {value['mark']}"
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlearn.errors import StateError
+from fedlearn.privacy.claims import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +37,7 @@ def draw_audit(report: AuditReport, path: Path) -> None:
     names = ["this build", *(f"noise x {one.noise_factor:g}" for one in report.power)]
     values = [report.finding.epsilon_lower, *(one.epsilon_lower for one in report.power)]
     right.bar(names, values, color=["tab:red" if report.refuted else "tab:green", *["lightgrey"] * len(report.power)])
-    right.axhline(report.claim.epsilon, color="black", linestyle="--", label=f"claim: {report.claim.epsilon:.3g}")
+    right.axhline(report.claim.epsilon, color="black", linestyle="--", label=f"claim: {shown(report.claim.epsilon, 3)}")
     right.set(
         ylabel=f"epsilon is at least, at delta = {report.plan.delta:g}",
         title=f"bounds at {100 * report.finding.confidence:.3g} % confidence",

@@ -84,7 +84,7 @@ def test_noise_that_clients_add_holds_against_the_server_too(capsys, tmp_path):
     }
     assert main(["privacy", "plan", str(path)]) == 0
     text = capsys.readouterr().out
-    assert "against reader of the model, other sites, server: 7.99" in text
+    assert "against reader of the model, other sites, server: 8.0000" in text
     assert "at least 2 honest clients add their noise" in text
     assert "each client adds 1/2 of its variance before its update is masked, sums of fewer than 3 clients are not opened" in text
     assert "4 together leave a variance 1.33 times as large" in text

@@ -13,6 +13,7 @@ from client.options import AgentOptions, Finding
 from client.policy import load_rules
 from fedlearn.link import Role, create_authority, issue
 from fedlearn.privacy.budget import spent_epsilon
+from fedlearn.privacy.claims import shown
 from fedlearn.privacy.events import Cost, Gaussian
 from fedlearn.privacy.study import plan_of
 from fedlearn.release import TRAIN, Charge, ReleaseKey
@@ -110,7 +111,7 @@ def test_evaluations_count_and_the_sites_own_rows_are_read_as_the_plan_asks(opti
     plan = plan_of(load_study(options.study))
     budget = load_rules(options.policy).with_defaults("hospital/heart", "a").accounts()[ACCOUNT]
     assert plan.whole_cost() != plan.cost()
-    assert f"to {spent_epsilon([plan.whole_cost()], budget):.4f} of 1.5" in found(options, "study").detail
+    assert f"to {shown(spent_epsilon([plan.whole_cost()], budget))} of 1.5" in found(options, "study").detail
     options.study.write_text(options.study.read_text() + "units = 2\n")
     assert found(options, "study").ok
     write(options, RECORD.replace("1e-5", "6e-3"))  # met by publishing one training row of 240 at random

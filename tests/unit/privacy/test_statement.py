@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -11,6 +12,7 @@ from fedlearn.errors import RunFailedError
 from fedlearn.learning.backend import Failed
 from fedlearn.learning.strategy import ServerState
 from fedlearn.privacy.accounting import account
+from fedlearn.privacy.claims import shown
 from fedlearn.privacy.events import Cost, Gaussian, Repeated
 from fedlearn.privacy.plan import Everyone, FixedClip, FixedCohort, PoissonSampling, PrivacyPlan, Unit
 from fedlearn.privacy.statement import PLANNED, RELEASED, headline, lines, planned, statement
@@ -192,3 +194,20 @@ class VoidOnce(Backend):
         if (work.round, work.attempt) == (2, 1):
             return (Failed(client, "gone") for client in work.cohort)
         return super().fit(work)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "text"),
+    [
+        (2.99990001, "3.0000"),
+        (2.9999, "2.9999"),
+        (3.0, "3.0000"),
+        (1e-9, "0.0001"),
+        (0.0, "0.0000"),
+        (math.inf, "infinite"),
+    ],
+)
+def test_an_epsilon_is_rounded_up_wherever_people_see_it(epsilon, text):
+    assert shown(epsilon) == text
+    value = {**statement(PLANS["record"], seeded=False), "epsilon": 2.00001}
+    assert "epsilon 2.0001 at" in headline(value)
