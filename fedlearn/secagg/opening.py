@@ -7,9 +7,10 @@ tried, and who gave the false ones is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 from fedlearn.secagg.breach import Breach, SecureAggregationError
 from fedlearn.secagg.graph import Graph, members_of
@@ -65,6 +66,8 @@ class Openings:
         self._shares: dict[int, dict[int, bytes]] = {i: {} for i in members_of(attempted.sharers)}
         self._surplus: dict[int, dict[int, bytes]] = {i: {} for i in members_of(attempted.survivors)}
         self._alone = {j for j in members_of(attempted.sharers & ~attempted.survivors) if not self._around(j)}
+        self._good: tuple[int, ...] = ()
+        self._lied = False
         self.culprits: set[str] = set()
 
     def __repr__(self) -> str:
@@ -100,6 +103,11 @@ class Openings:
         """True when every secret that is needed has shares enough."""
         needed = self._at.graph.threshold
         return all(len(shares) >= needed for owner, shares in self._shares.items() if owner not in self._alone)
+
+    def fit(self) -> bool:
+        """True when the shares that came do give every secret that is needed; looks at few subsets, so that it can be asked often."""
+        needed = [owner for owner in self._shares if owner not in self._alone]
+        return all(any(self._fits(owner, points) for points in self._few_subsets(owner)) for owner in needed)
 
     def unmask(self, total: Vector, *, threads: int = 1) -> None:
         """Take every mask that is left off the sum, in place.
@@ -141,31 +149,46 @@ class Openings:
         return list(members_of(self._at.survivors & self._at.graph.holder_set(j) & ~(1 << j)))
 
     def _seed(self, owner: int) -> bytes:
-        at = self._at
-
-        def fits(secret: bytes) -> bool:
-            return at.transcript.seed_commitment(owner, secret) == at.commitments[owner]
-
-        return self._secret(owner, "seed", self._shares[owner], fits)
+        return self._secret(owner, "seed", self._shares[owner], partial(self._is_seed, owner))
 
     def _key(self, owner: int) -> bytes:
-        at = self._at
+        return self._secret(owner, "key", self._shares[owner], partial(self._is_key, owner))
 
-        def fits(secret: bytes) -> bool:
-            try:
-                return key_of_secret(at.suite, secret).public == at.members[owner].mask_key
-            except SecureAggregationError:
-                return False
+    def _is_seed(self, owner: int, secret: bytes) -> bool:
+        return self._at.transcript.seed_commitment(owner, secret) == self._at.commitments[owner]
 
-        return self._secret(owner, "key", self._shares[owner], fits)
+    def _is_key(self, owner: int, secret: bytes) -> bool:
+        try:
+            return key_of_secret(self._at.suite, secret).public == self._at.members[owner].mask_key
+        except SecureAggregationError:
+            return False
+
+    def _fits(self, owner: int, points: tuple[int, ...]) -> bool:
+        secret = combine({x: self._shares[owner][x] for x in points})
+        is_right = self._is_seed if self._at.survivors >> owner & 1 else self._is_key
+        if secret is None or not is_right(owner, secret):
+            return False
+        self._good = points
+        return True
+
+    def _few_subsets(self, owner: int) -> Iterator[tuple[int, ...]]:
+        return islice(self._subsets(self._shares[owner]), len(self._shares[owner]) + 1)
+
+    def _subsets(self, shares: Mapping[int, bytes]) -> Iterator[tuple[int, ...]]:
+        """Sets of holders in the order in which to try them: whoever told the truth of another secret comes first."""
+        if self._good and shares.keys() >= set(self._good):
+            yield self._good
+        yield from subsets(list(shares), self._at.graph.threshold)
 
     def _secret(self, owner: int, what: str, shares: Mapping[int, bytes], fits: Callable[[bytes], bool]) -> bytes:
         graph = self._at.graph
-        for tries, points in enumerate(subsets(list(shares), graph.threshold)):
+        for points in self._subsets(shares):
             secret = combine({x: shares[x] for x in points})
             if secret is None or not fits(secret):
+                self._lied = True
                 continue
-            if tries:
+            self._good = points
+            if self._lied:
                 holders = graph.holders(owner)
                 self.culprits |= {self._at.members[holders[x - 1]].client for x in liars(shares, points)}
             return secret

@@ -168,8 +168,9 @@ class ServerRound:
         return out
 
     def ready(self) -> bool:
-        """True while openings are collected and those that came suffice; waiting for more finds false ones out."""
-        return self._stage is Stage.OPEN and self._openings.ready()
+        """True while openings are collected and those that came open the sum. While false shares are among them more are waited for."""
+        enough = self._stage is Stage.OPEN and self._openings.ready()
+        return enough and (not self.waiting or self._openings.fit())
 
     def void(self) -> None:
         """Give the attempt up; what was collected is dropped."""

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from fedlearn import events
+from fedlearn import arrays, events
 from fedlearn.learning.backend import Exchange, Said
-from fedlearn.secagg.messages import Agreement, Masked, from_bytes, to_bytes
+from fedlearn.secagg.messages import Agreement, Masked, Opening, from_bytes, to_bytes
 from tests.unit.simulation.test_masked import Sim, study_of
 
 LIAR = "ada"
@@ -57,3 +57,26 @@ def test_what_is_no_masked_vector_costs_its_sender_the_round_and_nobody_else(att
     assert [event.clients for event in sim.of(events.RoundFinished)] == [4, 3, 4]
     assert [event.client for event in sim.of(events.ClientDropped)] == [LIAR]
     assert not sim.of(events.RoundVoid)
+
+
+def false_shares(sim):
+    """It answers first with shares of nothing, well signed."""
+
+    def changed(reply):
+        (mine,) = [one.round for at, one in sim.secure._backend._sessions[LIAR]._open.items() if at.round == 2]
+        opening = from_bytes(reply.body)
+        shares = tuple(bytes([0, *share[1:-1], share[-1] ^ 1]) for share in opening.shares)
+        signed = mine._transcript.opening(mine._index, mine._survivors, len(mine._members), shares)
+        return replace(reply, body=to_bytes(Opening(shares, mine._sign(signed))))
+
+    return changed
+
+
+def test_false_shares_are_outweighed_by_the_others():
+    """With as many openings as the threshold asks for, one of them false, the others are waited for."""
+    sim = Sim(study_of())
+    speak, spoil = sim.secure._backend.secure, spoiling(Exchange.UNMASK, false_shares(sim))
+    sim.secure._backend.secure = lambda *asked: spoil(*asked[:2], speak(*asked))
+    model = sim.run()
+    assert not sim.of(events.RoundVoid)
+    assert arrays.digest(model) == arrays.digest(Sim(study_of()).run())
