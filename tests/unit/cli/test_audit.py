@@ -32,7 +32,7 @@ def test_an_honest_study(study, capsys, tmp_path):
     picture = tmp_path / "audit.png"
     assert main(["audit", study, "--shadows", "4", "--plot", str(picture)]) == 0
     out = capsys.readouterr().out
-    assert "claim:  epsilon <= 0.9997 at delta 1e-05, unit record" in out
+    assert "claim:  epsilon <= 0.9998 at delta 1e-05, unit record" in out
     assert "audit:  epsilon >= 0" in out
     assert "confidence 95.5 %" in out
     assert "the claim is not refuted" in out
