@@ -16,7 +16,7 @@ from fedlearn.errors import RemoteProtocolError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange
 from fedlearn.learning.vectors import Vectors, masking_plan, rounding_key, subject_of, surplus_draw
-from fedlearn.release.keys import AttemptId
+from fedlearn.release.keys import NUMBER_LIMIT, AttemptId
 from fedlearn.secagg.breach import SecureAggregationError
 from fedlearn.secagg.session import MaskingSession
 
@@ -163,4 +163,8 @@ class Masks:
         return subject_of(self._study, request.model_digest)
 
     def _session(self, request: Request) -> tuple[MaskingSession, AttemptId]:
+        if not 1 <= request.round <= self._study.rounds or not 1 <= request.attempt <= NUMBER_LIMIT:
+            raise RemoteProtocolError(
+                f"message: round {request.round} attempt {request.attempt} of a study of {self._study.rounds} rounds"
+            )
         return self._masking.session(request.run), AttemptId(request.round, request.attempt)
