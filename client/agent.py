@@ -28,7 +28,6 @@ from fedlearn.lock import FolderLock
 from fedlearn.privacy.budget import EpsilonCharger
 from fedlearn.privacy.ledger_file import LEDGERS
 from fedlearn.release.charge import CostCharger
-from fedlearn.release.records import SitePolicy
 from fedlearn.release.site import SiteGate
 from fedlearn.release.sqlite import SqliteJournal
 
@@ -62,7 +61,7 @@ def join(options: AgentOptions) -> int:
             with open_accounts(options, bundle, rules) as accounts:
                 charger = CostCharger({}) if accounts is None else EpsilonCharger(rules.accounts())
                 book = None if accounts is None else accounts.ledger
-                gate = SiteGate(journal, charger, SitePolicy(max_voids_per_run=rules.max_voids_per_run), book)
+                gate = SiteGate(journal, charger, rules.gate(), book)
                 return asyncio.run(_serve(options, bundle, app, rules, gate, accounts))
         finally:
             journal.close()

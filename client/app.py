@@ -95,13 +95,25 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query("check_in")
 def check_in(message: Message, context: Context) -> Message:
-    """Secure aggregation on stock Flower: public keys for an attempt. An agent answers this one itself, as the next two."""
+    """Secure aggregation on stock Flower: public keys for an attempt. An agent answers this one itself, as the next four."""
+    return _keyed(message, context)
+
+
+@app.query("reveal")
+def reveal(message: Message, context: Context) -> Message:
+    """Secure aggregation on stock Flower, above 200 clients: what orders the graph."""
     return _keyed(message, context)
 
 
 @app.query("share")
 def share(message: Message, context: Context) -> Message:
     """Secure aggregation on stock Flower: shares of this client's keys for the others."""
+    return _keyed(message, context)
+
+
+@app.query("agree")
+def agree(message: Message, context: Context) -> Message:
+    """Secure aggregation on stock Flower: a signature under the survivors, where they are agreed upon."""
     return _keyed(message, context)
 
 

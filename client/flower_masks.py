@@ -55,13 +55,19 @@ class _Kept:
         seed: of its keys, from the operating system.
         subject: what the keys are bound to.
         entries: the roster, once it came.
+        revealed: the roster was answered with a nonce: the graph is sparse.
+        nonces: everybody's, once they came.
         delivery: what the others sealed, once it came; then the update has left under its masks.
+        survivors: that were agreed to, once they were.
     """
 
     seed: bytes = field(repr=False)
     subject: bytes = b""
     entries: bytes = field(default=b"", repr=False)
+    revealed: bool = False
+    nonces: bytes = field(default=b"", repr=False)
     delivery: bytes = field(default=b"", repr=False)
+    survivors: bytes = field(default=b"", repr=False)
 
 
 class FlowerMasks:
@@ -79,7 +85,7 @@ class FlowerMasks:
         self._study, self._client = study, client
 
     def answer(self, request: Request) -> RecordDict:
-        """The answer to CHECK_IN, SHARE or UNMASK.
+        """The answer to CHECK_IN, REVEAL, SHARE, AGREE or UNMASK.
 
         Raises:
             SecureAggregationError: what the server says is refused, or this client holds no keys of the attempt.
@@ -87,8 +93,10 @@ class FlowerMasks:
         at, plan = _at(request), masking_plan(self._study, request.length)
         if request.exchange is Exchange.CHECK_IN:
             return messages.encode_said(b"", self._check_in(request.run, at, plan))
-        if request.exchange is Exchange.SHARE:
+        if request.exchange in {Exchange.REVEAL, Exchange.SHARE}:
             return messages.encode_said(self._share(request, at, plan))
+        if request.exchange is Exchange.AGREE:
+            return messages.encode_said(self._agree(request, at, plan))
         kept = self._need(request.run, at)
         opening = self._again(request.run, at, plan, kept).open(at, request.body)
         del self._state[_place(request.run, at)]
@@ -134,17 +142,32 @@ class FlowerMasks:
         return self._fresh(run, kept).check_in(at, plan)
 
     def _share(self, request: Request, at: AttemptId, plan: Plan) -> bytes:
-        kept = self._need(request.run, at)
-        if kept.entries and kept.entries != request.body:
-            raise SecureAggregationError(Breach.EQUIVOCATION, "got another roster than before")
-        kept = replace(kept, subject=subject_of(self._study, request.model_digest), entries=request.body)
-        shares = self._shared(self._fresh(request.run, kept), at, plan, kept)
+        kept, reveal = self._need(request.run, at), request.exchange is Exchange.REVEAL
+        subject = subject_of(self._study, request.model_digest)
+        known = kept.nonces if kept.revealed and not reveal else kept.entries
+        if (known and known != request.body) or (kept.entries and kept.subject != subject):
+            raise SecureAggregationError(
+                Breach.EQUIVOCATION, "got another roster, other nonces or another model than before"
+            )
+        if kept.revealed and not reveal:
+            kept = replace(kept, nonces=request.body)
+        else:
+            kept = replace(kept, subject=subject, entries=request.body, revealed=reveal)
+        shares = self._shared(self._fresh(request.run, kept), at, plan, kept, again=reveal)
         for name in [name for name in self._state if name.startswith(PREFIX)]:
             if name < _place(request.run, at) or not name.startswith(_place(request.run)):
                 del self._state[name]  # what is over, of this run and of others
         self._keep(request.run, at, kept)
         self._state[LAST] = ConfigRecord({"run": request.run, "round": at.round, "attempt": at.attempt})
         return shares
+
+    def _agree(self, request: Request, at: AttemptId, plan: Plan) -> bytes:
+        kept = self._need(request.run, at)
+        if kept.survivors and kept.survivors != request.body:
+            raise SecureAggregationError(Breach.EQUIVOCATION, "got other survivors than before")
+        signed = self._again(request.run, at, plan, kept).agree(at, request.body)
+        self._keep(request.run, at, replace(kept, survivors=request.body))
+        return signed
 
     def _again(self, run: str, at: AttemptId, plan: Plan, kept: _Kept) -> MaskingSession:
         """The session as the last message left it."""
@@ -154,11 +177,15 @@ class FlowerMasks:
         self._shared(session, at, plan, kept)
         if kept.delivery:
             session.skip_masking(at, kept.subject, kept.delivery)
+        if kept.survivors:
+            session.agree(at, kept.survivors)
         return session
 
-    def _shared(self, session: MaskingSession, at: AttemptId, plan: Plan, kept: _Kept) -> bytes:
+    def _shared(self, session: MaskingSession, at: AttemptId, plan: Plan, kept: _Kept, *, again: bool = False) -> bytes:
+        """What answers the roster; or, where it was answered with a nonce, what answers the nonces."""
         surplus = surplus_draw(self._study, at.round, self._client)
-        return session.share(at, plan, kept.subject, kept.entries, surplus=surplus)
+        said = session.share(at, plan, kept.subject, kept.entries, surplus=surplus)
+        return session.share(at, plan, kept.subject, kept.nonces) if kept.nonces and not again else said
 
     def _fresh(self, run: str, kept: _Kept) -> MaskingSession:
         enrolment: Enrolment

@@ -91,7 +91,7 @@ class Masks:
         self._masking, self._study = masking, study
 
     def answer(self, request: Request) -> RecordDict:
-        """The answer to CHECK_IN or SHARE: public keys, or sealed shares. Nothing of the data is in either.
+        """The answer to CHECK_IN, REVEAL or SHARE: public keys, a nonce, or sealed shares. Nothing of the data is in any.
 
         Raises:
             SecureAggregationError: what the server says is refused.
@@ -101,7 +101,8 @@ class Masks:
         if request.exchange is Exchange.CHECK_IN:
             return messages.encode_said(b"", session.check_in(at, plan))
         surplus = surplus_draw(self._study, request.round, self._masking.client)
-        return messages.encode_said(session.share(at, plan, self._subject(request), request.body, surplus=surplus))
+        said = session.reveal if request.exchange is Exchange.REVEAL else session.share
+        return messages.encode_said(said(at, plan, self._subject(request), request.body, surplus=surplus))
 
     def expect(self, request: Request) -> None:
         """Take what the others sealed for this site, before it trains.
@@ -149,8 +150,17 @@ class Masks:
         except SecureAggregationError:  # a later attempt was asked for meanwhile
             return b""
 
+    def agreement(self, request: Request) -> bytes:
+        """This site's signature under the survivors that the server names; one set of them, ever.
+
+        Raises:
+            SecureAggregationError: they are refused, or this site holds no keys of the attempt.
+        """
+        session, at = self._session(request)
+        return session.agree(at, request.body)
+
     def opening(self, request: Request) -> bytes:
-        """What opens the sum over the survivors that the server names; one set of them, ever.
+        """What opens the sum over the survivors that the server names, or that a quorum has signed; one set of them, ever.
 
         Raises:
             SecureAggregationError: they are refused, or this site holds no keys of the attempt.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import tomllib
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from fedlearn.errors import PolicyRefusedError, StudyError
 from fedlearn.privacy.budget import Budget, StopRule
+from fedlearn.release.records import SitePolicy
 from fedlearn.strict import STRICT
 from fedlearn.study import Study, study_from_json
 
@@ -81,6 +82,46 @@ class BudgetTables(BaseModel):
         return tuple(unit for unit in UNIT_NAMES if self.of(unit) is not None)
 
 
+class MaskRules(BaseModel):
+    """[secure_aggregation]: what this site asks of studies that mask updates. `true` stands for the defaults, `false` for a site that asks nothing."""
+
+    model_config = STRICT
+
+    required: bool = True
+    """Refuse studies that do not mask updates, so that no server gets this site's update by itself."""
+    profile: Literal["semi-malicious", "malicious"] = "semi-malicious"
+    """malicious: refuse studies in which survivors are not agreed upon."""
+    adversarial: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Refuse studies that assume a smaller share of clients to work with the coordinator."""
+    reopen: bool = False
+    """Give an update for another attempt at a round of which this site has helped to open a sum; see docs/secure-aggregation.md."""
+
+    def check(self, study: Study) -> None:
+        """Refuse a study that protects this site's update less than it asks for.
+
+        Raises:
+            PolicyRefusedError: names the rule, what was asked and what is admitted.
+        """
+        table = study.secure_aggregation
+        if self.required and not table.enabled:
+            raise PolicyRefusedError(
+                f"policy: secure_aggregation: this site's updates leave under masks only, and {study.name!r} asks for them as they are",
+                hint="add [secure_aggregation] enabled = true to the study",
+            )
+        if not table.enabled:
+            return
+        if self.profile == "malicious" and table.profile != "malicious":
+            raise PolicyRefusedError(
+                f'policy: secure_aggregation.profile: the study has "{table.profile}", this site asks for "malicious"',
+                hint='set secure_aggregation.profile = "malicious" in the study',
+            )
+        if table.adversarial < self.adversarial:
+            raise PolicyRefusedError(
+                f"policy: secure_aggregation.adversarial: the study assumes {table.adversarial:g}, this site at least {self.adversarial:g}",
+                hint=f"set secure_aggregation.adversarial = {self.adversarial:g} in the study",
+            )
+
+
 class SiteRules(BaseModel):
     """A policy file: TOML with these keys and no others."""
 
@@ -100,11 +141,20 @@ class SiteRules(BaseModel):
     """The name of this site's data in its ledger. Whatever runs on the same data must have the same name. None: the task's name."""
     budgets: BudgetTables = BudgetTables()
     """What studies may spend. With any, a study without a plan for this data is refused."""
-    secure_aggregation: bool = False
-    """Refuse studies that do not mask updates, so that no server gets this site's update by itself."""
+    secure_aggregation: MaskRules = MaskRules(required=False)
+    """What is asked of studies' masks; `true` for masks at all."""
     seeded: bool | None = None
     """Whether studies are admitted whose randomness all derives from a seed: those without [privacy], and rehearsals of private ones. They
     are reproducible, hence not private. None: only where there is no budget."""
+
+    @field_validator("secure_aggregation", mode="before")
+    @classmethod
+    def _masks(cls, value: object) -> object:
+        return MaskRules(required=value) if isinstance(value, bool) else value
+
+    def gate(self) -> SitePolicy:
+        """The limits that the gate keeps."""
+        return SitePolicy(max_voids_per_run=self.max_voids_per_run, reopen=self.secure_aggregation.reopen)
 
     def with_defaults(self, task: str, app: str) -> SiteRules:
         """The rules with the command line's task and the installed app where the file names none."""
@@ -152,11 +202,7 @@ class SiteRules(BaseModel):
             raise PolicyRefusedError(
                 f"policy: max_rounds: the study has {study.rounds}, this site admits {self.max_rounds}"
             )
-        if self.secure_aggregation and not study.secure_aggregation.enabled:
-            raise PolicyRefusedError(
-                f"policy: secure_aggregation: this site's updates leave under masks only, and {study.name!r} asks for them as they are",
-                hint="add [secure_aggregation] enabled = true to the study",
-            )
+        self.secure_aggregation.check(study)
         if study.privacy is None:
             self._check_plain()
         else:
@@ -228,7 +274,12 @@ def load_rules(path: Path | None) -> SiteRules:
 
 def _keys_beside(where: list[str]) -> list[str]:
     """The keys that are valid where an unknown one stands."""
-    table = GroupBudgetTable if where[:-1] == ["budgets", "group"] else BudgetTable
-    levels: tuple[type[BaseModel], ...] = (SiteRules, BudgetTables, table)
-    found: dict[str, Any] = levels[len(where) - 1].model_fields
+    parent = tuple(where[:-1])
+    known: dict[tuple[str, ...], type[BaseModel]] = {
+        (): SiteRules,
+        ("secure_aggregation",): MaskRules,
+        ("budgets",): BudgetTables,
+        ("budgets", "group"): GroupBudgetTable,
+    }
+    found: dict[str, Any] = known.get(parent, BudgetTable).model_fields
     return list(found)

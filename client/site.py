@@ -17,8 +17,8 @@ from fedlearn.learning.backend import Exchange
 from fedlearn.learning.checkpoint import broadcast_digest
 from fedlearn.learning.heads import put_heads, take_heads
 from fedlearn.learning.strategy import ServerState
-from fedlearn.release.keys import EVALUATE, TRAIN, UNMASK, AttemptId, ReleaseKey
-from fedlearn.release.records import Reserved
+from fedlearn.release.keys import AGREE, EVALUATE, TRAIN, UNMASK, AttemptId, ReleaseKey
+from fedlearn.release.records import Finished, InProgress, Refused, Reserved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,7 +104,7 @@ class Site:
         self, message: Message, request: Request, masks: Masks | None, guard: Guard | None = None
     ) -> Message:
         if request.exchange in messages.KEYED:
-            return Message(await self._keyed(request, masks), reply_to=message)
+            return Message(await self._keyed(request, masks, guard), reply_to=message)
         if request.exchange is Exchange.TRAIN:
             content = records.unpack(await self._train(message, request, masks, guard))
             if masks is not None:
@@ -123,23 +123,28 @@ class Site:
         reply, _ = await self._compute(message, request.run, state, None)
         return reply
 
-    async def _keyed(self, request: Request, masks: Masks | None) -> RecordDict:
-        """Keys and shares are answered by whoever has them; what opens a sum leaves through the gate, once."""
+    async def _keyed(self, request: Request, masks: Masks | None, guard: Guard | None) -> RecordDict:
+        """Keys and shares are answered by whoever has them; who is in a sum is signed, and it is opened, through the gate, once each."""
         if masks is None:
             raise RemoteProtocolError(
                 f"message: the server asks for {request.exchange.value} in a study without secure aggregation"
             )
-        if request.exchange is not Exchange.UNMASK:
+        if request.exchange not in {Exchange.AGREE, Exchange.UNMASK}:
+            at = AttemptId(request.round, request.attempt)
+            refused = None if _noisy(guard) else await self._outbox.at_gate(self._gate.reopened, request.run, at)
+            if refused is not None:  # as its update would be, so that nobody counts on it
+                raise refusal(refused)
             return await asyncio.to_thread(masks.answer, request)
 
         base = None if request.base is None else AttemptId(*request.base)
-        key = _key(request, UNMASK)
+        agrees = request.exchange is Exchange.AGREE
+        key, answer = (_key(request, AGREE), masks.agreement) if agrees else (_key(request, UNMASK), masks.opening)
         return records.unpack(
             await self._outbox.released(
                 key,
                 lambda: self._gate.reserve(key, base=base, request=request.body),
                 no_work,
-                lambda _content: messages.encode_said(masks.opening(request)),
+                lambda _content: messages.encode_said(answer(request)),
             )
         )
 
@@ -195,7 +200,10 @@ class Site:
             content = content if guard is None else guard.update(content, asked)
             return content if masks is None else masks.masked(asked, content)
 
-        return await self._outbox.released(key, lambda: self._gate.reserve(key, base=base, charge=charge), train, seal)
+        def reserve() -> Reserved | Finished | InProgress | Refused:
+            return self._gate.reserve(key, base=base, charge=charge, noisy=_noisy(guard))
+
+        return await self._outbox.released(key, reserve, train, seal)
 
     def _charge(self, request: Request, guard: Guard) -> Charge | None:
         """What an update costs. A run that is charged whole and was never asked who this site is, is charged now."""
@@ -221,6 +229,11 @@ class Site:
         if (refused := self._gate.settle(request.run, base)) is not None:
             raise refusal(refused)
         return self._gate.state(request.run)
+
+
+def _noisy(guard: Guard | None) -> bool:
+    """Whether an update has noise of its own, for each attempt. A server that adds noise sees the sum that was opened without it."""
+    return guard is not None and not guard.plan.central
 
 
 def _broadcast(message: Message, request: Request) -> Request:

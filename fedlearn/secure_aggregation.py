@@ -25,6 +25,8 @@ class SecureAggregationTable(BaseModel):
     """Mask every update. For strategies whose aggregate is a weighted sum, and three clients or more."""
     adversarial: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The share of the clients that may work with the coordinator; at least one is always counted."""
+    profile: Literal["semi-malicious", "malicious"] = "semi-malicious"
+    """What a coordinator that lies about dropouts learns: sums over fewer clients, two at the least; malicious: nothing, for one exchange more."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The share of a round's clients that may vanish in it; the round opens nothing where it cannot survive so many."""
     clip_l2: Annotated[float, Field(gt=0)] | None = None

@@ -22,10 +22,14 @@ class Exchange(StrEnum):
     EVALUATE = "evaluate"
     CHECK_IN = "check-in"
     """Secure aggregation: fresh public keys for an attempt."""
+    REVEAL = "reveal"
+    """Secure aggregation above 200 clients: who takes part; answered with what orders the graph."""
     SHARE = "share"
-    """Secure aggregation: who takes part; answered with shares of this client's secrets."""
+    """Secure aggregation: who takes part, and above 200 clients the others' nonces; answered with shares of this client's secrets."""
+    AGREE = "agree"
+    """Secure aggregation, malicious profile or above 200 clients: whose vectors are in the sum; answered with a signature under just these."""
     UNMASK = "unmask"
-    """Secure aggregation: whose vectors are in the sum; answered with what opens it."""
+    """Secure aggregation: whose vectors are in the sum, or who agreed on that; answered with what opens it."""
     CLOSE = "close"
     """The run is over: a site that was charged for all of it takes back what did not take place."""
 
@@ -103,7 +107,7 @@ class Said:
 
     Args:
         client: its id.
-        body: what it says: shares, a masked vector, an opening. Empty in answer to CHECK_IN.
+        body: what it says: a nonce, shares, a masked vector, an agreement, an opening. Empty in answer to CHECK_IN.
         entry: its check-in: for the attempt that was asked about, and with a masked vector for the first one of the next round.
     """
 
@@ -169,7 +173,7 @@ class MaskedBackend(Protocol):
         """One exchange; TRAIN is answered with a masked vector. Each client of the cohort is in exactly one reply.
 
         Args:
-            exchange: CHECK_IN, SHARE, TRAIN or UNMASK.
+            exchange: CHECK_IN, REVEAL, SHARE, TRAIN, AGREE or UNMASK.
             work: the attempt; only TRAIN sends its model.
             bodies: by client, what it is told.
             length: coordinates of an update.

@@ -1,32 +1,35 @@
 """Rounds whose updates come masked: the exchanges around training, and the sum that is opened in the end.
 
-    [CHECK_IN] -> SHARE -> TRAIN -> UNMASK
+    [CHECK_IN] -> [REVEAL ->] SHARE -> TRAIN -> [AGREE ->] UNMASK
 
 Check-ins for a round ride on the masked vectors of the one before; who has sent none is asked. The setup (roster and shares) is durable
-before the first masked vector is taken, so a coordinator that comes back goes on with the same keys; killed earlier, it asks again.
+before the first masked vector is taken, so a coordinator that comes back goes on with the same keys; killed earlier, it asks again. Survivors are durable
+before anybody is asked about them, and what they agreed upon before anybody is asked to open: a client answers either once.
+
+REVEAL is for sparse graphs, above 200 clients; AGREE for these and for the malicious profile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from fedlearn.arrays import specs_of
-from fedlearn.errors import RemoteProtocolError, UnsupportedError
+from fedlearn.errors import RemoteProtocolError
 from fedlearn.learning.backend import Exchange, Failed, MaskedBackend, Said, Work
 from fedlearn.learning.secure_sum import SAMPLE, MaskedSum, SecureRounds, SecureSum, Seen
 from fedlearn.learning.vectors import Vectors, subject_of
 from fedlearn.release.keys import AttemptId, record_key
 from fedlearn.release.round import Rejected, RoundState
 from fedlearn.secagg.enrolment import Enrolment, Entry, entries_from_bytes, entries_to_bytes, identities_of
-from fedlearn.secagg.graph import COMPLETE_LIMIT
 from fedlearn.secagg.hooks import from_client, record_of, restore
 from fedlearn.secagg.messages import FromServer, Masked, to_bytes
 from fedlearn.secagg.plan import Terms
 from fedlearn.secagg.ring import packed_bytes, unpack
-from fedlearn.secagg.server import ServerRound
+from fedlearn.secagg.server import ServerRound, Stage
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
@@ -71,7 +74,7 @@ class MaskedRounds(SecureRounds):
         super().__init__(Vectors.of(study, strategy, specs_of(initial)))
         self._study, self._run, self._backend, self._journal = study, run, backend, journal
         self._enrolment, self._threads = enrolment, threads
-        self._places = {part: record_key("masking", run, part) for part in ("at", "entries", "setup")}
+        self._places = {part: record_key("masking", run, part) for part in ("at", "entries", "setup", "agreed")}
         self._early: dict[str, bytes] = {}
         self._early_for: AttemptId | None = None
         self._sum = MaskedSum()
@@ -82,11 +85,6 @@ class MaskedRounds(SecureRounds):
 
     def train(self, machine: RoundMachine[bytes, SecureSum], work: Work) -> Iterator[Said | Failed]:
         at = AttemptId(work.round, work.attempt)
-        if len(work.cohort) > COMPLETE_LIMIT:
-            raise UnsupportedError(
-                f"secure aggregation: a round of {len(work.cohort)} clients, at most {COMPLETE_LIMIT} can be masked outside simulations",
-                hint="set cohort.size; beyond, the survivors would have to be agreed upon in a further exchange",
-            )
         try:
             told = self._again(at, work)
             if told is None:
@@ -108,6 +106,12 @@ class MaskedRounds(SecureRounds):
         if not _is_unmasking(machine):
             return
         key, requests = machine.unmask_requests()
+        if self._sum.agrees:
+            try:
+                requests = dict(self._agreed(work, requests))
+            except RemoteProtocolError as error:
+                machine.void(f"the survivors did not agree: {error.message}")
+                return
         reason = ""
         for reply in self._say(Exchange.UNMASK, replace(work, cohort=tuple(sorted(requests))), requests):
             if isinstance(reply, Failed):
@@ -130,14 +134,15 @@ class MaskedRounds(SecureRounds):
         assert data["setup"] is not None
         entries = entries_from_bytes(data["entries"])
         server = self._server(at, work, identities_of(self._enrolment, entries))
-        told = restore(server, data["setup"])
+        rosters, *nonces, told = map(_as_bytes, restore(server, data["setup"]))
         self._sum.attach(server)
         # Who holds its keys answers as before; whose keys follow from the seed, in a simulation, makes them anew. Who lost them has
         # dropped out, but for what it committed.
-        everybody = tuple(sorted(entry.check_in.client for entry in entries))
-        for _ in self._say(Exchange.SHARE, replace(work, cohort=everybody), dict.fromkeys(everybody, data["entries"])):
-            pass
-        return _as_bytes(told)
+        exchanges = [*([Exchange.REVEAL] if nonces else []), Exchange.SHARE]
+        for exchange, said in zip(exchanges, [dict.fromkeys(rosters, data["entries"]), *nonces], strict=True):
+            for _ in self._say(exchange, replace(work, cohort=tuple(sorted(said))), said):
+                pass
+        return told
 
     def _set_up(self, at: AttemptId, work: Work) -> Generator[Failed, None, dict[str, bytes]]:
         """Exchange keys and shares, and make them durable; gives those who dropped out.
@@ -172,18 +177,49 @@ class MaskedRounds(SecureRounds):
                 yield Failed(reply.client, reason)
         everybody = tuple(server.close())
         roster = entries_to_bytes(entries[client] for client in sorted(everybody))
+        told = dict.fromkeys(everybody, roster)
+        if server.stage is Stage.REVEAL:
+            told = yield from self._collected(server, Exchange.REVEAL, work, told)
+        told = yield from self._collected(server, Exchange.SHARE, work, told)
+        setup = {"at": json.dumps(list(at)).encode(), "entries": roster, "setup": record_of(server), "agreed": None}
+        self._journal.write({self._places[part]: data for part, data in setup.items()})
+        self._sum.attach(server)
+        return told
+
+    def _collected(
+        self, server: ServerRound, exchange: Exchange, work: Work, told: Mapping[str, bytes]
+    ) -> Generator[Failed, None, dict[str, bytes]]:
+        """One exchange of the setup; gives those who dropped out in it, returns what the others have to be told next."""
         lost: set[str] = set()
-        for reply in self._say(Exchange.SHARE, replace(work, cohort=everybody), dict.fromkeys(everybody, roster)):
-            failed = _shared(server, reply)
+        for reply in self._say(exchange, replace(work, cohort=tuple(sorted(told))), told):
+            failed = _received(server, reply)
             if failed is not None:
                 lost.add(reply.client)
                 yield failed
-        told = _as_bytes(server.close())
-        for client in sorted(set(everybody) - lost - told.keys()):
+        found = _as_bytes(server.close())
+        for client in sorted(told.keys() - lost - found.keys()):
             yield Failed(client, "too few of its neighbours shared keys")
-        setup = {"at": json.dumps(list(at)).encode(), "entries": roster, "setup": record_of(server)}
-        self._journal.write({self._places[part]: data for part, data in setup.items()})
-        self._sum.attach(server)
+        return found
+
+    def _agreed(self, work: Work, survivors: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        """Let the survivors sign that they are; what they have to be told then is durable when it is returned.
+
+        Raises:
+            RemoteProtocolError: too few did.
+        """
+        kept = self._journal.get(self._places["agreed"])
+        for reply in self._say(Exchange.AGREE, replace(work, cohort=tuple(sorted(survivors))), survivors):
+            if isinstance(reply, Failed):
+                self._early.pop(reply.client, None)  # see `open`
+            elif kept is None:
+                with contextlib.suppress(RemoteProtocolError):  # it counts as if it had not come
+                    self._sum.agree(reply.client, reply.body)
+        if (
+            kept is not None
+        ):  # all were asked again for the sake of a simulation's, whose keys were lost; the answers stand
+            return self._sum.agreed_before(kept)
+        told, record = self._sum.agreed()
+        self._journal.write({self._places["agreed"]: record})
         return told
 
     def _server(self, at: AttemptId, work: Work, trust: Mapping[str, bytes]) -> ServerRound:
@@ -214,8 +250,8 @@ def _is_unmasking(machine: RoundMachine[bytes, SecureSum]) -> bool:
     return machine.state is RoundState.UNMASKING
 
 
-def _shared(server: ServerRound, reply: Said | Failed) -> Failed | None:
-    """Hand a client's shares to the server; what is said of a client that has dropped out."""
+def _received(server: ServerRound, reply: Said | Failed) -> Failed | None:
+    """Hand a client's nonce or shares to the server; what is said of a client that has dropped out."""
     if isinstance(reply, Failed):
         return reply
     try:

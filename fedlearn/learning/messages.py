@@ -29,14 +29,16 @@ if TYPE_CHECKING:
 RECORD: Final = "fedlearn"
 PRIVATE: Final = "private."
 MASKED: Final = "masked"
-KEYED: Final = frozenset({Exchange.CHECK_IN, Exchange.SHARE, Exchange.UNMASK})
+KEYED: Final = frozenset({Exchange.CHECK_IN, Exchange.REVEAL, Exchange.SHARE, Exchange.AGREE, Exchange.UNMASK})
 """Exchanges of secure aggregation whose messages hold no model."""
 MESSAGE_TYPES: Final = {
     Exchange.DESCRIBE: MessageType.QUERY,
     Exchange.TRAIN: MessageType.TRAIN,
     Exchange.EVALUATE: MessageType.EVALUATE,
     Exchange.CHECK_IN: f"{MessageType.QUERY}.check_in",
+    Exchange.REVEAL: f"{MessageType.QUERY}.reveal",
     Exchange.SHARE: f"{MessageType.QUERY}.share",
+    Exchange.AGREE: f"{MessageType.QUERY}.agree",
     Exchange.UNMASK: f"{MessageType.QUERY}.unmask",
     Exchange.CLOSE: f"{MessageType.QUERY}.close",
 }

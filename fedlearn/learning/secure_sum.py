@@ -153,6 +153,21 @@ class MaskedSum:
             raise SecureAggregationError(Breach.BELOW_THRESHOLD, "no client shared keys")
         return self._attempt.requests(key, roster, survivors)
 
+    @property
+    def agrees(self) -> bool:
+        """True when survivors have to agree before they open."""
+        return self._here.agrees
+
+    def agree(self, client: str, answer: bytes) -> None:
+        """See `MaskedAttempt.agree`, as the next two."""
+        self._here.agree(client, answer)
+
+    def agreed(self) -> tuple[Mapping[str, bytes], bytes]:
+        return self._here.agreed()
+
+    def agreed_before(self, record: bytes) -> Mapping[str, bytes]:
+        return self._here.agreed_before(record)
+
     def answer(self, client: str, answer: bytes) -> None:
         self._here.answer(client, answer)
 

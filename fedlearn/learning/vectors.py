@@ -23,7 +23,7 @@ from fedlearn.errors import UnsupportedError, UpdateError
 from fedlearn.learning.collect import release_specs
 from fedlearn.learning.update import UNCLIPPED, Aggregate, Release, Update, Weighting
 from fedlearn.privacy.study import clip_in, noise_plan
-from fedlearn.secagg.plan import Plan, digest_of
+from fedlearn.secagg.plan import Plan, Profile, digest_of
 from fedlearn.secagg.primitives import KEY_BYTES, Suite, derive
 from fedlearn.secagg.quantize import Decoded, Encoding
 from fedlearn.secure_aggregation import CLIP_L2, stated_clients
@@ -66,7 +66,8 @@ def masking_plan(study: Study, length: int) -> Plan:
     )
     private = b"" if study.privacy is None else digest_of("privacy", study.privacy.model_dump_json())
     least = max(_PLAN_LEAST, study.cohort.minimum)
-    return Plan(encoding, table.adversarial, table.dropout, least, SUITE, privacy=private)
+    profile = Profile.MALICIOUS if table.profile == "malicious" else Profile.SEMI_MALICIOUS
+    return Plan(encoding, table.adversarial, table.dropout, least, SUITE, profile, privacy=private)
 
 
 def _clip_l2(study: Study) -> float:

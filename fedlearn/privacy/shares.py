@@ -29,6 +29,7 @@ class NoiseShares:
         adversarial: the fraction that may work with the server, and adds no noise.
         dropout: the fraction that may vanish.
         surplus: whether noise is taken off where more survive.
+        malicious: whether the survivors are agreed upon, so that nobody is told of others than are in the sum.
 
     Raises:
         StudyError: nobody honest is sure to be in a sum.
@@ -39,6 +40,7 @@ class NoiseShares:
     adversarial: float
     dropout: float
     surplus: bool = False
+    malicious: bool = False
 
     def __post_init__(self) -> None:
         _ = self.honest
@@ -70,7 +72,7 @@ class NoiseShares:
         from fedlearn.secagg.floor import honest_floor
         from fedlearn.secagg.plan import Profile
 
-        known = Profile.SEMI_MALICIOUS
+        known = Profile.MALICIOUS if self.malicious else Profile.SEMI_MALICIOUS
         return honest_floor(self.clients, self.survivors, self.adversarial, self.dropout, known, survivors)
 
     @property

@@ -73,6 +73,7 @@ def noise_plan(study: Study, length: int) -> DistributedPlan | None:
 @lru_cache(maxsize=64)
 def _noise_plan(shares: NoiseShares, clip_l2: float, noise: float, length: int, ring_bits: int) -> DistributedPlan:
     from fedlearn.privacy.distributed import DistributedPlan
+    from fedlearn.secagg.plan import Profile
     from fedlearn.secagg.primitives import Suite
 
     made = DistributedPlan(
@@ -84,6 +85,7 @@ def _noise_plan(shares: NoiseShares, clip_l2: float, noise: float, length: int, 
         adversarial=shares.adversarial,
         dropout=shares.dropout,
         suite=Suite.P256_AES256,
+        profile=Profile.MALICIOUS if shares.malicious else Profile.SEMI_MALICIOUS,
         ring_bits=ring_bits,
         levels=shares.levels,
     )
@@ -114,7 +116,8 @@ def _shares(study: Study) -> NoiseShares | None:
         raise StudyError(
             f"privacy.survivors: got {survivors}, expected {max(3, study.cohort.minimum)} to {clients}, the clients of a round"
         )
-    return NoiseShares(clients, survivors, table.adversarial, table.dropout, study.privacy.surplus)
+    malicious = table.profile == "malicious"
+    return NoiseShares(clients, survivors, table.adversarial, table.dropout, study.privacy.surplus, malicious)
 
 
 @lru_cache(maxsize=64)

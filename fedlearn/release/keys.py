@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 TRAIN: Final = "train"
 """The exchange that carries a client's update."""
 
+AGREE: Final = "agree"
+"""The exchange in which a client signs whose updates are in the sum; answered for one request only."""
+
 UNMASK: Final = "unmask"
 """The exchange in which a client helps to open the sum; answered for one request only."""
 

@@ -102,6 +102,7 @@ class Refusal(Enum):
     UNKNOWN_BASE = "unknown-base"  # the server counts an attempt that this site has not committed
     CONTRADICTION = "contradiction"  # the server says two things that cannot both be true
     NOTHING_TO_UNMASK = "nothing-to-unmask"  # no update of this attempt was committed here
+    OPENED = "opened"  # this site helped to open a sum of an earlier attempt at the round
     CLOSED = "closed"  # the run is over: what it did not use was given back
     TOO_LARGE = "too-large"  # a payload or state exceeds a named limit
 
@@ -146,11 +147,13 @@ class SitePolicy:
         max_voids_per_run: attempts that may be given up after bytes could have left; the next one is refused.
         payload_limit_bytes: the largest payload that may leave.
         state_limit_bytes: the largest state that a client may keep.
+        reopen: an update may leave for another attempt at a round of which this site has opened a sum; see `SiteGate`, rule 6.
     """
 
     max_voids_per_run: int = 3
     payload_limit_bytes: int = 2 * 1024**3 - 1
     state_limit_bytes: int = 2 * 1024**3 - 1
+    reopen: bool = False
 
 
 Resolution = Mapping[AttemptId, Status]

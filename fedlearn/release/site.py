@@ -7,8 +7,8 @@ A release goes `reserve` -> (compute, outside) -> `commit` -> `release` -> `sett
    never below what was released. A reservation is held in memory only: no byte leaves before the commit, so when the
    process dies nothing is owed and the reservation is dropped.
 2. *One key, one payload.* Whoever asks again with the same key gets the same bytes, free. The same exchange of the same
-   attempt for another broadcast or another request is refused; an unmask request is answered for one set of survivors
-   only, ever.
+   attempt for another broadcast or another request is refused; whose updates are in a sum is signed for, and a sum is
+   opened, for one set of survivors only, ever.
 3. *Forward only.* An attempt that is earlier than one already asked for is refused, except as rule 2's resend.
 4. *A void stays charged.* An attempt that was followed by another attempt at the same round, or that the coordinator
    calls void, is counted against the policy's cap; its charge stands. A round that went on without this client
@@ -17,6 +17,10 @@ A release goes `reserve` -> (compute, outside) -> `commit` -> `release` -> `sett
    attempt that the coordinator committed with this client in it, or None. The candidate of that attempt becomes the
    state, all other candidates are dropped, and the new attempt starts from there. `base` is absolute, so a lost message
    changes nothing, and no round's state is applied twice.
+6. *One opening a round.* After this site helped to open a sum, no update of the same round leaves it under a later
+   attempt: two sums over sets that differ by one client would give that client's update away. Whoever opens a sum is in
+   it, so those who opened one are together in every combination of the round's sums, or not at all. Exempt are updates
+   whose own noise is charged for each attempt (`noisy`), and sites whose policy says `reopen`.
 
 There is no I/O here besides the journal, which belongs to one gate at a time. Calls must not overlap.
 """
@@ -30,7 +34,7 @@ from collections.abc import Iterable, Iterator
 from fedlearn.errors import LocalProtocolError, StateError
 from fedlearn.release.charge import Book, Charge, Charger
 from fedlearn.release.journal import Changes, Journal, pack, unpack
-from fedlearn.release.keys import TRAIN, UNMASK, AttemptId, ReleaseKey, admission_key, record_key
+from fedlearn.release.keys import AGREE, TRAIN, UNMASK, AttemptId, ReleaseKey, admission_key, record_key
 from fedlearn.release.records import (
     STATUS_TRANSITIONS,
     Finished,
@@ -115,7 +119,13 @@ class SiteGate:
         return None if refused is None else self._noted(key, charge, refused)
 
     def reserve(
-        self, key: ReleaseKey, *, base: AttemptId | None = None, charge: Charge | None = None, request: bytes = b""
+        self,
+        key: ReleaseKey,
+        *,
+        base: AttemptId | None = None,
+        charge: Charge | None = None,
+        request: bytes = b"",
+        noisy: bool = False,
     ) -> Reserved | Finished | InProgress | Refused:
         """Ask for one release, before anything is computed.
 
@@ -123,18 +133,19 @@ class SiteGate:
             key: the release's name.
             base: the last attempt of the run that the coordinator committed with this client in it.
             charge: what the release will cost; None in a run without a privacy plan.
-            request: what else the answer depends on (for `UNMASK`: the canonical request). Bound to the key for good.
+            request: what else the answer depends on (for `AGREE` and `UNMASK`: the canonical request). Bound to the key for good.
+            noisy: its noise is its own, drawn and charged for each attempt; see rule 6.
 
         Returns:
             `Reserved`: compute and `commit`. `Finished`: answered before; send these bytes. `InProgress`: wait for the
             commit of the first call. `Refused`: nothing is charged, nothing may leave.
         """
         self._check_usable()
-        answer = self._reserve(key, base, charge, request)
+        answer = self._reserve(key, base, charge, request, noisy)
         return self._noted(key, charge, answer) if isinstance(answer, Refused) else answer
 
     def _reserve(
-        self, key: ReleaseKey, base: AttemptId | None, charge: Charge | None, request: bytes
+        self, key: ReleaseKey, base: AttemptId | None, charge: Charge | None, request: bytes, noisy: bool
     ) -> Reserved | Finished | InProgress | Refused:
         run = self._runs[key.run]
         asked = hashlib.sha256(request).hexdigest() if request else ""
@@ -158,12 +169,25 @@ class SiteGate:
                 Refusal.VOID_CAP,
                 f"{key}: {run.voids()} attempts are void, the site allows {self._policy.max_voids_per_run}",
             )
-        if key.exchange == UNMASK and (key.at, TRAIN) not in run.releases:
+        if key.exchange == TRAIN and not noisy and (refused := self.reopened(key.run, key.at)) is not None:
+            return refused
+        if key.exchange in {AGREE, UNMASK} and (key.at, TRAIN) not in run.releases:
             return Refused(Refusal.NOTHING_TO_UNMASK, f"{key}: no update of this attempt left this site")
         if charge is not None and (refused := self._weigh(key, charge)) is not None:
             return refused
         run.holds[key.at, key.exchange] = Hold(key, asked, charge)
         return Reserved(key, self.state(key.run))
+
+    def reopened(self, run: str, at: AttemptId) -> Refused | None:
+        """Why no update of this attempt may leave by rule 6, unless its noise is its own; None where it may."""
+        self._check_usable()
+        opened = self._runs[run].opened(at)
+        if opened is None or self._policy.reopen:
+            return None
+        return Refused(
+            Refusal.OPENED,
+            f"{run}: this site helped to open the sum of {opened}; with one of {at} beside it, an update could be told from the rest",
+        )
 
     def commit(self, key: ReleaseKey, payload: bytes, *, state: bytes | None = None) -> Finished | Refused:
         """Make charge, finished bytes and new state durable in one transaction.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fedlearn.release.charge import Charge
-from fedlearn.release.keys import AttemptId, ReleaseKey
+from fedlearn.release.keys import UNMASK, AttemptId, ReleaseKey
 from fedlearn.release.records import Refusal, Refused, Release, Status
 
 Slot = tuple[AttemptId, str]
@@ -44,6 +44,11 @@ class SiteRun:
     def voids(self) -> int:
         """Attempts that were given up after bytes could have left."""
         return len({at for (at, _), release in self.releases.items() if release.status is Status.VOID})
+
+    def opened(self, before: AttemptId) -> AttemptId | None:
+        """The first earlier attempt at the same round whose sum this site helped to open."""
+        opened = (at for at, exchange in self.releases if exchange == UNMASK)
+        return min((at for at in opened if at.round == before.round and at < before), default=None)
 
     def advance(self, at: AttemptId) -> None:
         """Go on to an attempt: reservations of earlier ones are dropped."""

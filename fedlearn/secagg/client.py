@@ -109,12 +109,23 @@ class ClientRound:
         self._suite = terms.plan.suite
         self._state = ClientState.NEW
         self._subject: bytes | None = None
+        self._members: tuple[CheckIn, ...] = ()
         self._answered: dict[type, tuple[FromServer, FromClient | None]] = {}
 
     @property
     def state(self) -> ClientState:
         """Where it stands."""
         return self._state
+
+    @property
+    def reveals(self) -> bool:
+        """True when the roster was answered with a nonce: a sparse graph's shares follow on everybody's."""
+        return isinstance(self._answered.get(Roster, (None, None))[1], Reveal)
+
+    @property
+    def agrees(self) -> bool:
+        """True when the survivors on this roster are signed by a quorum before anything is opened. Once the roster is there."""
+        return bool(self._members) and self._terms.plan.agrees(len(self._members))
 
     def __repr__(self) -> str:
         return f"ClientRound({self.name!r}, {self._terms.at}, {self._state.value})"
@@ -304,7 +315,7 @@ class ClientRound:
             signed = self._transcript.inclusion(j, self._sharers, len(self._members))
             checks.signature(self._suite, self._identities[j], signature, signed, self._members[j].client)
         self._survivors = message.survivors
-        if not self._terms.plan.agrees(len(self._members)):
+        if not self.agrees:
             return self._open()
         self._state = ClientState.AGREED
         return Agreement(self._sign(self._agreed()))

@@ -192,6 +192,11 @@ class ServerRound:
         return tuple(self._came[stage] for stage in closed)
 
     @property
+    def agreements(self) -> Mapping[str, FromClient]:
+        """Every agreement that came."""
+        return self._came[Stage.AGREE]
+
+    @property
     def survivors(self) -> tuple[str, ...]:
         """Whose vectors are in the sum."""
         return tuple(self._members[i].client for i in members_of(self._survivors))

@@ -9,17 +9,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 from fedlearn.release.keys import AttemptId
 from fedlearn.secagg.breach import Breach, SecureAggregationError
 from fedlearn.secagg.client import ClientRound, Identity
 from fedlearn.secagg.enrolment import Enrolment, Entry, entries_from_bytes, entries_to_bytes, identities_of
-from fedlearn.secagg.messages import FromServer, Roster, from_bytes, to_bytes
+from fedlearn.secagg.messages import Agreements, Delivery, Reveals, Roster, Survivors, from_bytes, to_bytes
 from fedlearn.secagg.plan import Plan, Terms
 from fedlearn.secagg.primitives import Draw
 from fedlearn.secagg.ring import Vector
 
+Said = TypeVar("Said", Reveals, Delivery, Survivors, Agreements)
 OPEN_ATTEMPTS: Final = 4
 """Attempts that a client holds keys for: the current one, the next one, and those that a retry overtakes."""
 
@@ -65,33 +66,35 @@ class MaskingSession:
         with self._lock:
             return self._checked_in(at, plan).entry
 
-    def share(self, at: AttemptId, plan: Plan, subject: bytes, entries: bytes, *, surplus: Draw | None = None) -> bytes:
+    def reveal(
+        self, at: AttemptId, plan: Plan, subject: bytes, entries: bytes, *, surplus: Draw | None = None
+    ) -> bytes:
+        """Where there are too many for a complete graph: verify the roster, and give the nonce that helps to order it.
+
+        Arguments and errors as of `share`, for which everybody's nonces are then what is said.
+        """
+        with self._lock:
+            return self._enter(at, plan, subject, entries, surplus)
+
+    def share(self, at: AttemptId, plan: Plan, subject: bytes, said: bytes, *, surplus: Draw | None = None) -> bytes:
         """Verify the roster, and share this client's secrets of the attempt. Earlier attempts are over.
 
         Args:
             at: the attempt.
             plan: the study's.
             subject: digest of the model and the configuration that this client will train with.
-            entries: the roster's check-ins with their claims.
+            said: the roster's check-ins with their claims; after `reveal`, everybody's nonces.
             surplus: see `ClientRound.bind`.
 
         Raises:
             SecureAggregationError: by what is wrong; the attempt is over for this client.
         """
         with self._lock:
-            mine = self._checked_in(at, plan)
-            self._forget_before(at)
-            self._last = at
-            roster = entries_from_bytes(entries)
-            known = len(mine.trust) > 1
-            if not known:  # the same roster again is answered as before, another one is refused by the round
-                mine.trust.update(identities_of(self._enrolment, [e for e in roster if not self._is_own(e)]))
-                mine.round.bind(subject, surplus=surplus)
-                mine.subject = subject
+            mine = self._open.get(at)
+            if mine is None or not mine.round.reveals:
+                return self._enter(at, plan, subject, said, surplus)
             _check_subject(mine, at, subject)
-            answer = mine.round.receive(Roster(tuple(entry.check_in for entry in roster)))
-            assert answer is not None
-            return to_bytes(answer)
+            return _answered(mine, said, Reveals)
 
     def expect(self, at: AttemptId, subject: bytes, delivery: bytes) -> None:
         """Take the shares that the others sealed for this client; `mask` would, too, after the work is done.
@@ -148,16 +151,35 @@ class MaskingSession:
         with self._lock:
             self._taken(at, subject, delivery).round.skip_masking()
 
-    def open(self, at: AttemptId, survivors: bytes) -> bytes:
-        """This client's shares that open the sum over these survivors; its secrets of the attempt are gone then.
+    def agree(self, at: AttemptId, survivors: bytes) -> bytes:
+        """This client's signature under these survivors, and no others ever: it is part of what opens the sum.
 
         Raises:
-            SecureAggregationError: the survivors are refused, or this client holds no keys of the attempt.
+            SecureAggregationError: the survivors are refused, nothing is agreed upon in this plan, or this client holds no keys of the attempt.
         """
         with self._lock:
-            answer = self._need(at).round.receive(_from_server(survivors))
-            assert answer is not None
-            return to_bytes(answer)
+            mine = self._need(at)
+            if not mine.round.agrees:
+                raise SecureAggregationError(
+                    Breach.UNEXPECTED, "asked to sign survivors that are not agreed upon in this plan"
+                )
+            return _answered(mine, survivors, Survivors)
+
+    def open(self, at: AttemptId, said: bytes) -> bytes:
+        """This client's shares that open the sum; its secrets of the attempt are gone then.
+
+        Args:
+            at: the attempt.
+            said: whose vectors are in the sum; where that is agreed upon, a quorum's signatures under it.
+
+        Raises:
+            SecureAggregationError: what is said is refused, or this client holds no keys of the attempt.
+        """
+        with self._lock:
+            mine = self._need(at)
+            if mine.round.agrees:
+                return _answered(mine, said, Agreements)
+            return _answered(mine, said, Survivors)
 
     def close(self) -> None:
         """Drop everything."""
@@ -178,10 +200,25 @@ class MaskingSession:
         self._open[at] = _Open(party, entry, plan, trust)
         return self._open[at]
 
+    def _enter(self, at: AttemptId, plan: Plan, subject: bytes, entries: bytes, surplus: Draw | None) -> bytes:
+        mine = self._checked_in(at, plan)
+        self._forget_before(at)
+        self._last = at
+        roster = entries_from_bytes(entries)
+        known = len(mine.trust) > 1
+        if not known:  # the same roster again is answered as before, another one is refused by the round
+            mine.trust.update(identities_of(self._enrolment, [e for e in roster if not self._is_own(e)]))
+            mine.round.bind(subject, surplus=surplus)
+            mine.subject = subject
+        _check_subject(mine, at, subject)
+        answer = mine.round.receive(Roster(tuple(entry.check_in for entry in roster)))
+        assert answer is not None
+        return to_bytes(answer)
+
     def _taken(self, at: AttemptId, subject: bytes, delivery: bytes) -> _Open:
         mine = self._need(at)
         _check_subject(mine, at, subject)
-        mine.round.receive(_from_server(delivery))
+        mine.round.receive(_from_server(delivery, Delivery))
         return mine
 
     def _need(self, at: AttemptId) -> _Open:
@@ -208,8 +245,15 @@ def _check_subject(mine: _Open, at: AttemptId, subject: bytes) -> None:
         )
 
 
-def _from_server(data: bytes) -> FromServer:
+def _answered(mine: _Open, said: bytes, kind: type[Said]) -> bytes:
+    answer = mine.round.receive(_from_server(said, kind))
+    assert answer is not None
+    return to_bytes(answer)
+
+
+def _from_server(data: bytes, kind: type[Said]) -> Said:
+    """A message of the server; each exchange takes one kind, so that none answers what another one asks."""
     message = from_bytes(data)
-    if not isinstance(message, FromServer):
-        raise SecureAggregationError(Breach.UNEXPECTED, f"got {type(message).__name__}, which only a client says")
+    if not isinstance(message, kind):
+        raise SecureAggregationError(Breach.UNEXPECTED, f"got {type(message).__name__}, expected {kind.__name__}")
     return message

@@ -73,12 +73,6 @@ def secure_rounds(
         )
     if table.mode == "equivalent" or (table.mode == "auto" and cohort > EXACT_CLIENTS):
         return EquivalentRounds(vectors, backend)
-    if vectors.plan.agrees(cohort):
-        raise UnsupportedError(
-            f'secure_aggregation.mode = "exact" with rounds of {cohort} clients: survivors are agreed upon in a further '
-            "exchange there, which rounds do not have yet",
-            hint='take mode = "equivalent"; it gives the same bits',
-        )
     clients = MaskedClients(study, vectors, backend)
     return MaskedRounds(study, study.name, strategy, initial, clients, journal, Declared())
 
@@ -122,10 +116,13 @@ class MaskedClients:
             try:
                 if exchange is Exchange.CHECK_IN:
                     yield Said(client, b"", session.check_in(at, plan))
-                elif exchange is Exchange.SHARE:
+                elif exchange in {Exchange.REVEAL, Exchange.SHARE}:
+                    said = session.reveal if exchange is Exchange.REVEAL else session.share
                     subject = subject_of(self._study, work.model_digest)
                     surplus = surplus_draw(self._study, work.round, client, rehearsal=True)
-                    yield Said(client, session.share(at, plan, subject, bodies[client], surplus=surplus))
+                    yield Said(client, said(at, plan, subject, bodies[client], surplus=surplus))
+                elif exchange is Exchange.AGREE:
+                    yield Said(client, session.agree(at, bodies[client]))
                 else:
                     yield Said(client, session.open(at, bodies[client]))
             except FedlearnError as error:
@@ -216,6 +213,8 @@ class PlainSum:
         # In a sparse graph each client's neighbours count; in expectation as many of them are left as of all.
         around = len(survivors) if found.complete else found.degree * len(survivors) // len(roster)
         checks.enough(around, found.threshold, "survivors around a client")
+        if self._plan.agrees(len(roster)):
+            checks.enough(len(survivors), self._plan.quorum(len(roster)), "clients that agreed")
         if level := self._plan.level(len(survivors)):
             tops = [_surplus_key(self._vectors, key.round, client) for client in survivors]
             self._surplus_keys = [

@@ -23,7 +23,7 @@ from fedlearn.link import TlsBundle
 from fedlearn.privacy.budget import EpsilonCharger
 from fedlearn.release.charge import Charger, CostCharger
 from fedlearn.release.journal import MemoryDisk, MemoryJournal
-from fedlearn.release.records import Release, SitePolicy
+from fedlearn.release.records import Release
 from fedlearn.release.site import SiteGate
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -95,8 +95,7 @@ class DeskSites:
             charger = EpsilonCharger(self._rules.accounts())
         accounts = self._accounts.get(name)
         book = None if accounts is None else accounts.ledger
-        policy = SitePolicy(max_voids_per_run=self._rules.max_voids_per_run)
-        gate = self._gates[name] = SiteGate(MemoryJournal(self._disks[name]), charger, policy, book)
+        gate = self._gates[name] = SiteGate(MemoryJournal(self._disks[name]), charger, self._rules.gate(), book)
         config = {"client-id": name, "device": "cpu", BY_AGENT: True}
         self._sites[name] = Site(Desk(), self._rules, gate, config, accounts, site_masking(self._bundles[name], app))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fedlearn.release.keys import AttemptId
+from fedlearn.secagg import graph
 from fedlearn.secagg.client import ClientRound, Identity
 from fedlearn.secagg.graph import Graph, members_of
 from fedlearn.secagg.memory import run_in_memory
@@ -171,3 +173,15 @@ def learnable(graph: Graph, sharers: int, told: Mapping[int, int], corrupt: int)
         if component <= fallen:
             found.append(component)
     return found
+
+
+@contextlib.contextmanager
+def sparse_graphs(above: int = 10) -> Iterator[None]:
+    """The code above 200 clients, at a size that a test can afford."""
+    before, graph.COMPLETE_LIMIT = graph.COMPLETE_LIMIT, above
+    graph.parameters.cache_clear()
+    try:
+        yield
+    finally:
+        graph.COMPLETE_LIMIT = before
+        graph.parameters.cache_clear()

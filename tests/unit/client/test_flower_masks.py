@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import context_from_proto, context_to_proto
 
@@ -13,10 +13,12 @@ from client.flower_masks import BY_AGENT, PREFIX
 from fedlearn import events
 from fedlearn.arrays import digest
 from fedlearn.learning.backend import Exchange
-from fedlearn.learning.messages import MASKED, PRIVATE, decode_facts, from_record, to_record
+from fedlearn.learning.messages import MASKED, PRIVATE, RECORD, decode_facts, from_record, to_record
 from fedlearn.link.tls import Role, create_authority, issue
+from fedlearn.secagg.messages import Survivors, from_bytes, to_bytes
 from tests.support.memory_grid import MemoryGrid, Node, nodes_of
 from tests.support.runs import run_server_app
+from tests.support.secagg_world import sparse_graphs
 from tests.support.shared_noise import noisy_study
 from tests.support.tiny_task import CLIENTS, tiny_study
 
@@ -177,3 +179,55 @@ def test_a_model_of_its_own_for_one_client_is_refused():
     run = run_server_app(study_of("rounds=1"), grid)
     assert [event.clients for event in run.of(events.RoundFinished)] == [3]
     assert "bound to another model" in run.of(events.ClientDropped)[0].reason
+
+
+TWELVE = (
+    "data.partition=iid",
+    "data.clients=12",
+    "data.folds=1",
+    "cohort.wait_for=12",
+    "secure_aggregation.adversarial=0",
+)
+NAMES = tuple(f"client-{number:04d}" for number in range(12))
+
+
+@pytest.mark.parametrize(
+    ("names", "overrides"),
+    [(CLIENTS, ("secure_aggregation.profile=malicious",)), (NAMES, TWELVE)],
+    ids=["agreed", "not complete"],
+)
+def test_survivors_are_agreed_upon(names, overrides):
+    grid = MemoryGrid(nodes_of(names), order=5)
+    with sparse_graphs(above=10):
+        run = run_server_app(study_of(*overrides), grid)
+        assert digest(run.model) == simulated(study_of(*overrides))
+    assert not run.of(events.ClientDropped)
+    asked = [request.exchange for request in grid.requests]
+    assert asked.count(Exchange.AGREE) == 3 * len(names)
+    assert asked.count(Exchange.REVEAL) == (3 * len(names) if names is NAMES else 0)
+    assert not {name for name in states(grid) if name.startswith(PREFIX)}
+
+
+def test_a_second_set_of_survivors_is_not_signed_and_nothing_is_opened_on_the_servers_word():
+    grid, refused = MemoryGrid(nodes_of(CLIENTS)), []
+
+    def ask_again(request, reply):
+        facts, number = decode_facts(request.content), request.metadata.dst_node_id
+        if facts.exchange is not Exchange.AGREE or refused:
+            return reply
+        told = from_bytes(facts.body)
+        fewer = to_bytes(Survivors(told.survivors & ~1, told.inclusions[1:]))
+        kept = grid.nodes[number]
+        blank = Context(1, number, dict(kept.config), RecordDict(), {})
+        for exchange, body, why in (("agree", fewer, "other survivors"), ("unmask", facts.body, "expected Agreements")):
+            record = ConfigRecord({**request.content[RECORD], "exchange": exchange, "body": body})
+            context = context_from_proto(type(context_to_proto(blank)).FromString(kept.state))
+            with pytest.raises(Exception, match=why):
+                client_app(Message(RecordDict({RECORD: record}), number, f"query.{exchange}"), context)
+            refused.append(why)
+        return reply
+
+    grid.fault = ask_again
+    run = run_server_app(study_of("rounds=1", "secure_aggregation.profile=malicious"), grid)
+    assert len(refused) == 2
+    assert [event.clients for event in run.of(events.RoundFinished)] == [4]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from client.policy import SiteRules
+from client.policy import MaskRules, SiteRules
 from fedlearn.arrays import specs_of
 from fedlearn.errors import FedlearnError, PolicyRefusedError, RemoteProtocolError
 from fedlearn.learning import messages
@@ -154,7 +154,7 @@ async def test_exchanges_of_secure_aggregation_have_no_place_in_a_plain_study(bu
 async def test_a_site_may_insist_on_masks(bundles):
     server = Server(bundles, PLAIN)
     site = server.sites._sites["ada"]
-    site._rules = SiteRules(tasks=(NAME,), secure_aggregation=True)
+    site._rules = SiteRules(tasks=(NAME,), secure_aggregation=MaskRules())
     error = await refused(server.ask("ada", Exchange.TRAIN), PolicyRefusedError)
     assert "under masks only" in error.message
     assert server.outbox("ada") == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from client.policy import SiteRules, load_rules
+from client.policy import MaskRules, SiteRules, load_rules
 from fedlearn.errors import PolicyRefusedError, StudyError
 from fedlearn.learning.backend import Exchange
 from fedlearn.learning.messages import Request
@@ -161,3 +161,55 @@ def test_the_operators_page_lists_every_key():
     page = (Path(__file__).resolve().parents[3] / "docs" / "operating.md").read_text()
     section = page.split("### The site's policy")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(SiteRules.model_fields)
+
+
+def masked(more: str = "") -> Study:
+    return parse_study(
+        f'name = "s"\nrounds = 3\n[task]\nname = "hospital/heart"\n[secure_aggregation]\nenabled = true\n{more}'
+    )
+
+
+@pytest.mark.parametrize("text", ["secure_aggregation = true\n", "[secure_aggregation]\n"])
+def test_masks_may_be_insisted_on_by_a_word_or_a_table(tmp_path, text):
+    rules = rules_of(tmp_path, text)
+    assert rules.secure_aggregation == MaskRules()
+    assert rules.admit(asked(masked())) == masked()
+    with pytest.raises(PolicyRefusedError, match="under masks only"):
+        rules.admit(asked())
+
+
+@pytest.mark.parametrize("text", ["", "secure_aggregation = false\n", "[secure_aggregation]\nrequired = false\n"])
+def test_masks_need_not_be_insisted_on(tmp_path, text):
+    rules = rules_of(tmp_path, text)
+    for study in (STUDY, masked()):
+        assert rules.admit(asked(study)) == study
+
+
+def test_a_site_may_ask_for_more_than_a_study_assumes(tmp_path):
+    rules = rules_of(tmp_path, '[secure_aggregation]\nprofile = "malicious"\nadversarial = 0.2\n')
+    with pytest.raises(PolicyRefusedError, match='profile: the study has "semi-malicious"'):
+        rules.admit(asked(masked()))
+    with pytest.raises(PolicyRefusedError, match=r"adversarial: the study assumes 0.1, this site at least 0.2"):
+        rules.admit(asked(masked('profile = "malicious"\n')))
+    agreed = masked('profile = "malicious"\nadversarial = 0.25\n')
+    assert rules.admit(asked(agreed)) == agreed
+
+
+def test_reopening_is_the_gates(tmp_path):
+    assert not rules_of(tmp_path, "secure_aggregation = true\n").gate().reopen
+    assert rules_of(tmp_path, "[secure_aggregation]\nreopen = true\nrequired = false\n").gate().reopen
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("[secure_aggregation]\nprofil = 1\n", "valid keys: required, profile, adversarial, reopen"),
+        ('[secure_aggregation]\nprofile = "honest"\n', "secure_aggregation.profile"),
+        ("[secure_aggregation]\nadversarial = 1.0\n", "secure_aggregation.adversarial"),
+        ('secure_aggregation = "yes"\n', "secure_aggregation"),
+    ],
+)
+def test_a_table_of_masks_is_strict(tmp_path, text, word):
+    with pytest.raises(StudyError) as caught:
+        rules_of(tmp_path, text)
+    assert word in f"{caught.value.message} {caught.value.hint}"

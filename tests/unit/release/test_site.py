@@ -26,6 +26,7 @@ from fedlearn.release import (
     Status,
 )
 from fedlearn.release.journal import Changes
+from fedlearn.release.keys import AGREE
 from fedlearn.release.records import STATUS_TRANSITIONS
 
 KEY = ReleaseKey("run", 1, 1, "train", "model-1")
@@ -521,3 +522,64 @@ def test_one_transaction_a_commit() -> None:
     gate.reserve(KEY, charge=COST)
     gate.commit(KEY, b"bytes", state=b"state")
     assert [sorted(key.split("/")[0] for key in changes) for changes in writes] == [["payload", "release", "state"]]
+
+
+class TestOneOpeningARound:
+    """Rule 6: two sums of one round over sets that differ by one client give that client's update away."""
+
+    OPENING = replace(KEY, exchange=UNMASK)
+
+    def opened(self, policy: SitePolicy | None = None, key: ReleaseKey = KEY) -> Site:
+        site = Site(policy=policy)
+        site.train(key, b"masked")
+        unmask = replace(key, exchange=UNMASK)
+        assert isinstance(site.gate.reserve(unmask, request=b"survivors"), Reserved)
+        site.gate.commit(unmask, b"shares")
+        return site
+
+    def test_no_update_of_the_round_leaves_again(self) -> None:
+        site = self.opened()
+        assert refusal(site.gate.reserve(RETRY)) is Refusal.OPENED
+        assert refusal(site.gate.reopened("run", RETRY.at)) is Refusal.OPENED
+        site.restart()
+        assert refusal(site.gate.reserve(RETRY)) is Refusal.OPENED
+        assert refusal(site.gate.reserve(replace(RETRY, attempt=3))) is Refusal.OPENED
+        assert isinstance(site.gate.reserve(NEXT), Reserved)
+
+    def test_the_same_attempt_is_answered_as_before(self) -> None:
+        site = self.opened()
+        assert site.gate.reserve(KEY) == Finished(KEY, b"masked")
+        assert site.gate.reserve(self.OPENING, request=b"survivors") == Finished(self.OPENING, b"shares")
+
+    def test_what_has_noise_of_its_own_may_leave_again(self) -> None:
+        assert isinstance(self.opened().gate.reserve(RETRY, charge=COST, noisy=True), Reserved)
+
+    def test_the_policy_may_allow_it(self) -> None:
+        site = self.opened(SitePolicy(reopen=True))
+        assert site.gate.reopened("run", RETRY.at) is None
+        assert isinstance(site.gate.reserve(RETRY), Reserved)
+
+    def test_an_agreement_opens_nothing(self, site: Site) -> None:
+        site.train(KEY, b"masked")
+        agree = replace(KEY, exchange=AGREE)
+        site.gate.reserve(agree, request=b"survivors")
+        site.gate.commit(agree, b"signature")
+        assert isinstance(site.gate.reserve(RETRY), Reserved)
+
+    def test_an_opening_that_a_retry_overtakes_does_not_leave(self, site: Site) -> None:
+        site.train(KEY, b"masked")
+        site.gate.reserve(self.OPENING, request=b"survivors")
+        assert isinstance(site.gate.reserve(RETRY), Reserved)
+        assert refusal(site.gate.commit(self.OPENING, b"shares")) is Refusal.STALE
+
+
+def test_survivors_are_signed_once(site: Site) -> None:
+    agree = replace(KEY, exchange=AGREE)
+    assert refusal(site.gate.reserve(agree, request=b"survivors")) is Refusal.NOTHING_TO_UNMASK
+    site.train(KEY, b"masked")
+    site.gate.reserve(agree, request=b"survivors")
+    site.gate.commit(agree, b"signature")
+    for _ in range(2):
+        assert site.gate.reserve(agree, request=b"survivors") == Finished(agree, b"signature")
+        assert refusal(site.gate.reserve(agree, request=b"others")) is Refusal.OTHER_REQUEST
+        site.restart()

@@ -18,7 +18,7 @@ def test_the_examples_run(capsys):
     plain, noisy = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names = {}
     exec(plain, names)
-    assert capsys.readouterr().out.startswith("750 [0.1")
+    assert re.match(r"750 \[0\.(1|09999)", capsys.readouterr().out), "rounded by chance"
     assert np.allclose(names["total"].mean(), 0.1, atol=1e-6)
     exec(noisy, names)
     assert capsys.readouterr().out.startswith("4 4.9")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedlearn.errors import LocalProtocolError, StateError, UnsupportedError
+from fedlearn.errors import LocalProtocolError, StateError
 from fedlearn.release import (
     Accepted,
     AttemptId,
@@ -16,8 +16,10 @@ from fedlearn.release import (
     RoundMachine,
     RoundState,
 )
+from fedlearn.secagg import graph
+from fedlearn.secagg.breach import Breach, SecureAggregationError
 from fedlearn.secagg.hooks import MaskedAttempt, record_of, restore
-from fedlearn.secagg.messages import Roster, from_bytes, to_bytes
+from fedlearn.secagg.messages import Delivery, Reveals, Roster, from_bytes, to_bytes
 from fedlearn.secagg.server import ServerRound
 from tests.support.secagg_world import SUBJECT, World, malicious, name_of
 
@@ -169,6 +171,104 @@ def test_the_next_round_begins_after_a_commit():
     assert coordinator.machine.next_step == Begin(AttemptId(2, 1))
 
 
-def test_a_plan_that_needs_two_exchanges_to_open_is_refused():
-    with pytest.raises(UnsupportedError, match="agreement"):
-        MaskedAttempt(malicious(4).delivered().server)
+class Agreeing(Coordinator):
+    """A coordinator whose clients agree on the survivors before they open."""
+
+    def collected(self, sent):
+        for name, payload in sent.items():
+            assert isinstance(self.machine.receive(name, self.machine.key, payload), Accepted)
+        if self.machine.state is RoundState.OPEN:
+            self.machine.close()
+        assert self.attempt.agrees
+        return self
+
+    def told(self):
+        """What each survivor is asked to sign."""
+        return self.machine.unmask_requests()[1]
+
+    def agree(self, names):
+        for name in names:
+            reply = self.world.clients[name].receive(from_bytes(self.told()[name]))
+            self.attempt.agree(name, to_bytes(reply))
+
+    def open(self, told, names):
+        key = self.machine.unmask_requests()[0]
+        for name in names:
+            reply = self.world.clients[name].receive(from_bytes(told[name]))
+            if self.machine.state is RoundState.UNMASKING:
+                assert isinstance(self.machine.unmasked(name, key, to_bytes(reply)), Accepted)
+        assert self.machine.state is RoundState.SUMMED
+        return [*self.machine.total.total.integers.tolist(), self.machine.total.total.weight]
+
+
+def agreeing(missing=()):
+    world, disk = malicious(5).delivered(), MemoryDisk()
+    record, sent = record_of(world.server), payloads(world)
+    sent = {name: payload for name, payload in sent.items() if name not in missing}
+    return world, disk, record, sent
+
+
+@pytest.mark.parametrize("silent", [[], [name_of(4)]])
+def test_survivors_that_agree_open_the_sum(silent):
+    world, disk, _, sent = agreeing()
+    coordinator = Agreeing.begun(world, disk).collected(sent)
+    signers = [name for name in sent if name not in silent]
+    coordinator.agree(signers)
+    told, _ = coordinator.attempt.agreed()
+    assert set(told) == set(sent), "whose agreement was lost on its way may still open"
+    assert coordinator.open(told, signers) == world.expected(sent)
+
+
+def test_nothing_is_opened_before_a_quorum_agrees():
+    world, disk, _, sent = agreeing()
+    coordinator = Agreeing.begun(world, disk).collected(sent)
+    coordinator.agree(list(sent)[:3])
+    with pytest.raises(SecureAggregationError) as caught:
+        coordinator.attempt.agreed()
+    assert caught.value.breach is Breach.BELOW_THRESHOLD
+    assert not coordinator.attempt.ready()
+
+
+def test_a_crash_while_survivors_agree():
+    world, disk, record, sent = agreeing(missing=[name_of(2)])
+    first = Agreeing.begun(world, disk).collected(sent)
+    first.agree(list(sent)[:2])
+    second = Agreeing.after_a_crash(world, disk, record).collected(sent)
+    assert second.told() == first.told(), "a client signs one set of survivors"
+    second.agree(sent)
+    told, _ = second.attempt.agreed()
+    assert second.open(told, sent) == world.expected(sent)
+
+
+def test_a_crash_after_the_agreements_stand():
+    """Who has opened for one set of signatures answers no other one, so the coordinator comes back with the same."""
+    world, disk, record, sent = agreeing()
+    first = Agreeing.begun(world, disk).collected(sent)
+    first.agree(list(sent)[:4])
+    told, agreements = first.attempt.agreed()
+    world.clients[name_of(0)].receive(from_bytes(told[name_of(0)]))
+    second = Agreeing.after_a_crash(world, disk, record).collected(sent)
+    assert second.attempt.agreed_before(agreements) == told
+    assert second.open(told, list(sent)[:4]) == world.expected(sent)
+
+
+def test_damaged_or_foreign_agreements_are_refused():
+    world, disk, record, sent = agreeing()
+    first = Agreeing.begun(world, disk).collected(sent)
+    first.agree(sent)
+    _, agreements = first.attempt.agreed()
+    for bad in (b"\xff\xff", agreements[:-20], b"", record):
+        second = Agreeing.after_a_crash(world, MemoryDisk(), record)
+        second.machine.begin(AT, world.clients, "model")
+        with pytest.raises(StateError, match=r"damaged|incomplete"):
+            second.collected(sent).attempt.agreed_before(bad)
+
+
+def test_a_sparse_graphs_setup_is_recorded_with_its_nonces(monkeypatch):
+    monkeypatch.setattr(graph, "COMPLETE_LIMIT", 10)
+    world = World(60, plan={"adversarial": 0.02, "dropout": 0.05}).delivered()
+    server = ServerRound(world.terms, world.trust, SUBJECT)
+    roster, nonces, told = restore(server, record_of(world.server))
+    assert [type(next(iter(said.values()))) for said in (roster, nonces, told)] == [Roster, Reveals, Delivery]
+    assert told == world.out
+    assert server.agrees

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from fedlearn.errors import LocalProtocolError
 from fedlearn.release.keys import AttemptId
 from fedlearn.secagg.breach import Breach, SecureAggregationError
-from fedlearn.secagg.client import Identity
+from fedlearn.secagg.client import ClientState, Identity
 from fedlearn.secagg.enrolment import (
     CLAIM_LIMIT_BYTES,
     Declared,
@@ -19,13 +20,14 @@ from fedlearn.secagg.enrolment import (
     entries_to_bytes,
     identities_of,
 )
-from fedlearn.secagg.messages import from_bytes, to_bytes
-from fedlearn.secagg.plan import Plan, Terms
+from fedlearn.secagg.messages import Reveals, Survivors, from_bytes, to_bytes
+from fedlearn.secagg.plan import Plan, Profile, Terms
 from fedlearn.secagg.primitives import SeededDraw, new_identity
 from fedlearn.secagg.quantize import Encoding
 from fedlearn.secagg.ring import dtype_of
 from fedlearn.secagg.server import ServerRound, Stage
 from fedlearn.secagg.session import MaskingSession
+from tests.support.secagg_world import sparse_graphs
 
 NAMES = ("ada", "bob", "cyd", "dee")
 PLAN = Plan(Encoding(length=5, clients=4, clip_l2=1.0))
@@ -46,16 +48,16 @@ def vector(value=1):
 class Desk:
     """Four sessions and a server, up to the deliveries of one attempt."""
 
-    def __init__(self, at=AT, sessions=None):
+    def __init__(self, at=AT, sessions=None, plan=PLAN):
         self.sessions = sessions or {name: session_of(name) for name in NAMES}
-        entries = {name: entries_from_bytes(s.check_in(at, PLAN))[0] for name, s in self.sessions.items()}
-        self.server = ServerRound(Terms("run", at, PLAN), identities_of(Declared(), list(entries.values())), SUBJECT)
+        entries = {name: entries_from_bytes(s.check_in(at, plan))[0] for name, s in self.sessions.items()}
+        self.server = ServerRound(Terms("run", at, plan), identities_of(Declared(), list(entries.values())), SUBJECT)
         for name, entry in entries.items():
             self.server.receive(name, entry.check_in)
         self.server.close()
         self.roster = entries_to_bytes(entries[name] for name in NAMES)
         for name, session in self.sessions.items():
-            self.server.receive(name, from_bytes(session.share(at, PLAN, SUBJECT, self.roster)))
+            self.server.receive(name, from_bytes(session.share(at, plan, SUBJECT, self.roster)))
         self.told = {name: to_bytes(message) for name, message in self.server.close().items()}
 
 
@@ -181,3 +183,89 @@ def test_a_clients_message_is_none_of_the_servers():
     desk = Desk()
     mine = to_bytes(entries_from_bytes(desk.roster)[0].check_in)
     assert breach(desk.sessions["ada"].expect, AT, SUBJECT, mine) is Breach.UNEXPECTED
+
+
+AGREED = replace(PLAN, profile=Profile.MALICIOUS)
+
+
+def agreeing():
+    """A desk whose survivors are known, and what each is told of them."""
+    desk = Desk(plan=AGREED)
+    for name, session in desk.sessions.items():
+        desk.server.receive(name, from_bytes(session.mask(AT, SUBJECT, desk.told[name], vector())))
+    return desk, {name: to_bytes(message) for name, message in desk.server.close().items()}
+
+
+def test_survivors_are_agreed_upon_before_they_open_with_every_message_twice():
+    desk, survivors = agreeing()
+    for name, session in desk.sessions.items():
+        agreement = session.agree(AT, survivors[name])
+        assert session.agree(AT, survivors[name]) == agreement
+        desk.server.receive(name, from_bytes(agreement))
+    for name, message in desk.server.close().items():
+        session, body = desk.sessions[name], to_bytes(message)
+        opening = session.open(AT, body)
+        assert session.agree(AT, survivors[name])
+        assert session.open(AT, body) == opening
+        desk.server.receive(name, from_bytes(opening))
+    desk.server.close()
+    assert desk.server.total.integers.tolist() == [4] * 5
+
+
+def test_a_second_set_of_survivors_is_not_signed():
+    desk, survivors = agreeing()
+    session, told = desk.sessions["ada"], from_bytes(survivors["ada"])
+    session.agree(AT, survivors["ada"])
+    fewer = Survivors(told.survivors & ~8, told.inclusions[:2])
+    assert breach(session.agree, AT, to_bytes(fewer)) is Breach.EQUIVOCATION
+    assert breach(session.agree, AT, survivors["ada"]) is Breach.UNEXPECTED, "the attempt is over for it"
+
+
+def test_nothing_is_opened_on_the_servers_word_where_it_is_agreed_upon():
+    desk, survivors = agreeing()
+    for name in ("ada", "bob"):
+        assert breach(desk.sessions[name].open, AT, survivors[name]) is Breach.UNEXPECTED
+        assert desk.sessions[name]._open[AT].round.state is ClientState.MASKED
+    session = desk.sessions["cyd"]
+    session.agree(AT, survivors["cyd"])
+    assert breach(session.open, AT, survivors["cyd"]) is Breach.UNEXPECTED
+
+
+def test_nothing_is_signed_where_nothing_is_agreed_upon():
+    """Else an opening could leave under another name."""
+    desk = Desk()
+    session = desk.sessions["ada"]
+    for name, other in desk.sessions.items():
+        desk.server.receive(name, from_bytes(other.mask(AT, SUBJECT, desk.told[name], vector())))
+    survivors = to_bytes(desk.server.close()["ada"])
+    assert breach(session.agree, AT, survivors) is Breach.UNEXPECTED
+    assert session.open(AT, survivors)
+
+
+def test_nonces_are_asked_for_above_the_limit_of_complete_graphs():
+    names = [f"site-{number:02d}" for number in range(12)]
+    plan = replace(PLAN, encoding=Encoding(length=5, clients=12, clip_l2=1.0), adversarial=0.0)
+    with sparse_graphs(above=10):
+        sessions = {name: session_of(name) for name in names}
+        entries = [entries_from_bytes(session.check_in(AT, plan))[0] for session in sessions.values()]
+        roster = entries_to_bytes(entries)
+        server = ServerRound(Terms("run", AT, plan), identities_of(Declared(), entries), SUBJECT)
+        for entry in entries:
+            server.receive(entry.check_in.client, entry.check_in)
+        server.close()
+        for name, session in sessions.items():
+            nonce = session.reveal(AT, plan, SUBJECT, roster)
+            assert session.reveal(AT, plan, SUBJECT, roster) == nonce
+            server.receive(name, from_bytes(nonce))
+        for name, message in server.close().items():
+            session, body = sessions[name], to_bytes(message)
+            assert breach(session.share, AT, plan, b"another model", body) is Breach.EQUIVOCATION
+            shares = session.share(AT, plan, SUBJECT, body)
+            assert session.share(AT, plan, SUBJECT, body) == shares
+            assert session.reveal(AT, plan, SUBJECT, roster)
+            server.receive(name, from_bytes(shares))
+        server.close()
+        assert server.stage is Stage.MASK
+        assert (
+            breach(sessions[names[0]].share, AT, plan, SUBJECT, to_bytes(Reveals((b"",) * 12))) is Breach.EQUIVOCATION
+        )

@@ -20,9 +20,22 @@ from fedlearn.secagg.ring import from_ring
 from fedlearn.simulation.masked import secure_rounds
 from fedlearn.simulation.sequential import SequentialBackend
 from fedlearn.tasks import load_task
+from tests.support.secagg_world import sparse_graphs
 from tests.support.tiny_task import CLIENTS, tiny_study
 
 MASKED = ("secure_aggregation.enabled=true", "secure_aggregation.max_examples=20", "task.options={hidden=6}")
+ORDER = (Exchange.CHECK_IN, Exchange.REVEAL, Exchange.SHARE, Exchange.TRAIN, Exchange.AGREE, Exchange.UNMASK)
+AGREED = ("secure_aggregation.profile=malicious",)
+TWELVE = (
+    *("data.partition=iid", "data.clients=12", "data.folds=1", "cohort.wait_for=12"),
+    *("secure_aggregation.adversarial=0", "secure_aggregation.mode=exact"),
+)
+"""With graphs that are sparse above ten clients: four neighbours each, three of whom open a mask."""
+STAGES = [
+    *(((), exchange) for exchange in (Exchange.CHECK_IN, Exchange.SHARE, Exchange.TRAIN, Exchange.UNMASK)),
+    *((AGREED, exchange) for exchange in (Exchange.TRAIN, Exchange.AGREE, Exchange.UNMASK)),
+    *((TWELVE, exchange) for exchange in ORDER),
+]
 CROWD = ("data.partition=iid", "data.clients=18", "data.folds=1", "cohort.size=12", "cohort.wait_for=12")
 
 
@@ -45,7 +58,8 @@ class Sim:
         self.initial = initial_weights(self.task, study)
         self.backend = SequentialBackend(study, build_population(study, self.task), self.strategy)
         self.journal = journal if journal is not None else DictJournal()
-        self.secure = secure_rounds(study, self.strategy, self.initial, self.backend, self.journal, 4)
+        clients = len(self.backend.clients())
+        self.secure = secure_rounds(study, self.strategy, self.initial, self.backend, self.journal, clients)
         if spoil is not None:
             speak = self.secure._backend.secure
             self.secure._backend.secure = lambda *asked: spoil(*asked[:2], speak(*asked))
@@ -101,7 +115,7 @@ def plain_sum(sim, work, clients=CLIENTS):
 
 def lost(exchange, client, at_round=2):
     """A client that is gone from this exchange on, for one round."""
-    order = [Exchange.CHECK_IN, Exchange.SHARE, Exchange.TRAIN, Exchange.UNMASK]
+    order = list(ORDER)
 
     def spoil(now, work, replies):
         for reply in replies:
@@ -171,14 +185,50 @@ def test_nothing_is_said_about_the_examples():
     assert all(np.isnan(event.train_loss) for event in seen if isinstance(event, events.RoundFinished))
 
 
-@pytest.mark.parametrize("exchange", [Exchange.CHECK_IN, Exchange.SHARE, Exchange.TRAIN, Exchange.UNMASK])
-def test_one_of_four_may_drop_out_at_any_stage(exchange):
-    sim = Sim(study_of(), spoil=lost(exchange, "bob"))
+@pytest.fixture
+def sparse():
+    with sparse_graphs(above=10):
+        yield
+
+
+@pytest.mark.parametrize(("study", "exchange"), STAGES)
+@pytest.mark.usefixtures("sparse")
+def test_one_client_may_drop_out_at_any_stage(study, exchange):
+    gone = "client-0003" if study is TWELVE else "bob"
+    sim = Sim(study_of(*study), spoil=lost(exchange, gone))
+    everybody = tuple(sim.backend.clients())
     found, works = opened_sums(sim)
-    left = CLIENTS if exchange is Exchange.UNMASK else tuple(c for c in CLIENTS if c != "bob")
+    left = everybody if exchange in ORDER[4:] else tuple(client for client in everybody if client != gone)
     assert found[2] == plain_sum(sim, works[2], left)
-    assert found[3] == plain_sum(sim, works[3]), "it is back in the next round"
+    assert found[3] == plain_sum(sim, works[3], everybody), "it is back in the next round"
     assert not sim.of(events.RoundVoid)
+
+
+@pytest.mark.parametrize("gone", [1, 2])
+def test_too_few_that_agree_void_the_round(gone):
+    """Three of four have to sign."""
+
+    def spoil(now, work, replies):
+        for reply in replies:
+            away = now is Exchange.AGREE and (work.round, work.attempt) == (2, 1) and reply.client in CLIENTS[:gone]
+            yield Failed(reply.client, "gone") if away else reply
+
+    sim = Sim(study_of(*AGREED), spoil=spoil)
+    model = sim.run()
+    assert [event.reason for event in sim.of(events.RoundVoid)] == (
+        []
+        if gone == 1
+        else ["the survivors did not agree: secure aggregation: got 2 clients that agreed, expected at least 3"]
+    )
+    assert arrays.digest(model) == arrays.digest(Sim(study_of()).run())
+
+
+@pytest.mark.usefixtures("sparse")
+def test_a_sparse_graph_gives_the_bits_of_the_sum_without_masks():
+    exact, seen = simulated(study_of(*TWELVE))
+    equivalent, _ = simulated(study_of(*TWELVE).with_overrides(["secure_aggregation.mode=equivalent"]))
+    assert arrays.digest(exact.weights) == arrays.digest(equivalent.weights)
+    assert [event.clients for event in seen if isinstance(event, events.RoundFinished)] == [12] * 3
 
 
 def test_two_of_four_void_the_round_and_the_next_attempt_has_fresh_keys():
@@ -211,10 +261,11 @@ class Crash(BaseException):
     """The process is killed."""
 
 
-@pytest.mark.parametrize("exchange", [Exchange.CHECK_IN, Exchange.SHARE, Exchange.TRAIN, Exchange.UNMASK])
+@pytest.mark.parametrize(("study", "exchange"), STAGES)
 @pytest.mark.parametrize("after", [0, 2])
-def test_a_coordinator_that_is_killed_goes_on_to_the_same_model(exchange, after):
-    left = Sim(study_of()).run()
+@pytest.mark.usefixtures("sparse")
+def test_a_coordinator_that_is_killed_goes_on_to_the_same_model(study, exchange, after):
+    left = Sim(study_of(*study)).run()
 
     def spoil(now, work, replies):
         for place, reply in enumerate(replies):
@@ -224,8 +275,8 @@ def test_a_coordinator_that_is_killed_goes_on_to_the_same_model(exchange, after)
 
     journal = DictJournal()
     with pytest.raises(Crash):
-        Sim(study_of(), journal, spoil).run()
-    again = Sim(study_of(), journal)
+        Sim(study_of(*study), journal, spoil).run()
+    again = Sim(study_of(*study), journal)
     assert arrays.digest(again.run()) == arrays.digest(left)
     assert not again.of(events.RoundVoid)
 
@@ -249,7 +300,6 @@ def test_vanishing_clients_of_an_environment_leave_or_void_a_round():
         (("secure_aggregation.ring_bits=16", "secure_aggregation.max_examples=100000"), "could wrap"),
         (("secure_aggregation.max_clients=3",), "room for 3"),
         (("secure_aggregation.dropout=0.5",), "no threshold"),
-        (("data.partition=bootstrap", "data.clients=300", "secure_aggregation.mode=exact"), "equivalent"),
     ],
 )
 def test_what_cannot_work_is_refused_when_the_study_is_read(overrides, says):
