@@ -116,6 +116,11 @@ def site_rules(options: AgentOptions, app: App) -> SiteRules:
             "policy: budgets: nothing of a foreign app is charged, so they would promise what nobody keeps",
             hint="start this site without --app, or without [budgets]",
         )
+    if not app.native and rules.secure_aggregation.required:
+        raise StudyError(
+            "policy: secure_aggregation: what a foreign app answers leaves as it is, so it would promise what nobody keeps",
+            hint="start this site without --app, or without secure_aggregation",
+        )
     return rules.with_defaults(options.task or "", app.digest)
 
 

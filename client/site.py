@@ -72,6 +72,7 @@ class Site:
         request = messages.decode_facts(message.content)
         messages.check_type(request.exchange, message.metadata.message_type)
         study = self._rules.admit(request)
+        _check_asked(request, study)
         masks = self._masks(study)
         if study.privacy is None:
             return await self._answer(message, request, masks)
@@ -229,6 +230,16 @@ class Site:
         if (refused := self._gate.settle(request.run, base)) is not None:
             raise refusal(refused)
         return self._gate.state(request.run)
+
+
+def _check_asked(request: Request, study: Study) -> None:
+    """The study that was admitted is all that is answered: its rounds, and evaluations where it has any."""
+    if request.exchange is Exchange.EVALUATE and not study.evaluate.every:
+        raise PolicyRefusedError("message: the server asks for an evaluation, and the study has none")
+    if request.round > study.rounds:
+        raise PolicyRefusedError(
+            f"message: the server asks for round {request.round}, and the study has {study.rounds}"
+        )
 
 
 def _noisy(guard: Guard | None) -> bool:

@@ -39,6 +39,13 @@ def test_a_foreign_app_is_not_run_on_data_with_a_budget(options, monkeypatch):
         site_rules(replace(options, app_dir=FOREIGN), load_app(FOREIGN))
 
 
+def test_a_foreign_app_is_not_run_where_updates_leave_under_masks_only(options, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    options.policy.write_text("secure_aggregation = true\n")
+    with pytest.raises(StudyError, match="what a foreign app answers leaves as it is"):
+        site_rules(replace(options, app_dir=FOREIGN), load_app(FOREIGN))
+
+
 def test_a_ledger_of_another_site_keeps_the_agent_from_starting(options):
     LedgerFolder(options.state_dir / "ledgers" / "hospital-heart", "hungary", "hospital/heart", KEY).close()
     with pytest.raises(StateError, match="of site 'hungary'"):

@@ -106,7 +106,7 @@ async def test_a_client_level_run_is_charged_whole_when_the_site_says_that_it_ta
         assert one.costs(CLIENTS) == [whole]
         await one.site.handle(ask(CLIENT, 3, attempt=2))
         assert one.costs(CLIENTS) == [whole, retry]
-        with pytest.raises(PolicyRefusedError, match="round 6, the plan of 's' has 5"):
+        with pytest.raises(PolicyRefusedError, match="round 6, and the study has 5"):
             await one.site.handle(ask(CLIENT, 6))
         assert one.costs(CLIENTS) == [whole, retry]
         await one.site.handle(ask(CLIENT, run="run-2"))
