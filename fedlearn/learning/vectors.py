@@ -45,6 +45,8 @@ MOST_CLIENTS: Final = 200
 RING_BITS: Final = 32
 """Of a masked number where the study does not say."""
 _PLAN_LEAST: Final = 3
+_FLOAT_SLACK: Final = 1 + 2.0**-40
+"""For the roundings of a sum of squares in float64."""
 
 
 def masking_plan(study: Study, length: int) -> Plan:
@@ -208,7 +210,11 @@ class Vectors:
         return not plain or any(spec.dtype == "float64" for specs in self.releases.values() for spec in specs.values())
 
     def totals(
-        self, sum_: Decoded, frame: Frame = Frame(), surplus_keys: Sequence[bytes] = ()
+        self,
+        sum_: Decoded,
+        frame: Frame = Frame(),
+        surplus_keys: Sequence[bytes] = (),
+        clients: int | None = None,
     ) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
         """By release the sum over clients, float64: of share times array where examples weigh, of the array where each counts once.
 
@@ -216,10 +222,13 @@ class Vectors:
             sum_: the open sum.
             frame: of the round.
             surplus_keys: that were opened with it.
+            clients: how many vectors are in it; None takes its weight's word.
 
         Raises:
-            UpdateError: where clients add noise: it is a sum of no possible number of clients.
+            UpdateError: it is longer than so many clipped updates can be; where clients add noise, of no possible number of them.
         """
+        if self.noise is None:
+            self._check_norm(sum_, min(max(sum_.weight, 0), self.plan.encoding.clients) if clients is None else clients)
         noisy = None if self.noise is None else self.noise.decode(sum_, frame.rotation, surplus_keys).values
         found: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
         at = 0
@@ -233,6 +242,16 @@ class Vectors:
                 at += size
         return found
 
+    def _check_norm(self, sum_: Decoded, clients: int) -> None:
+        """Each client's integers are within the encoding's bound, so their sum is within as many times that."""
+        bound = clients * self.plan.encoding.norm_bound
+        norm = math.sqrt(float(np.square(sum_.integers, dtype=np.float64).sum()))
+        if norm > bound * _FLOAT_SLACK:
+            raise UpdateError(
+                f"sum: its norm is {norm:.6g}, {clients} clipped updates reach {bound:.6g} at most;"
+                " some client sent a vector that is no encoded update"
+            )
+
     def aggregate(
         self,
         sum_: Decoded,
@@ -244,7 +263,7 @@ class Vectors:
         """What the server rule sees. Where clients added noise, it is in it; who took part is public, so their number divides.
 
         Raises:
-            UpdateError: the total weight is not one that these clients can have.
+            UpdateError: the total weight, or the sum's norm, is not one that these clients can have.
         """
         cap = self.plan.encoding.weight_cap
         if not clients <= sum_.weight <= clients * cap:
@@ -253,7 +272,7 @@ class Vectors:
                 " some client sent a vector that is no encoded update"
             )
         means: dict[str, Arrays] = {}
-        totals = self.totals(sum_, frame, surplus_keys)
+        totals = self.totals(sum_, frame, surplus_keys, clients)
         for release in self.releases:
             weight = clients if release.weighting is Weighting.UNIFORM else sum_.weight / cap
             means[release.name] = {name: np.asarray(total / weight) for name, total in totals[release.name].items()}

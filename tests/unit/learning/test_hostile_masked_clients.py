@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from fedlearn import arrays, events
+from fedlearn.errors import RunFailedError
 from fedlearn.learning.backend import Exchange, Said
 from fedlearn.secagg.messages import Agreement, Masked, Opening, from_bytes, to_bytes
 from tests.unit.simulation.test_masked import Sim, study_of
@@ -80,3 +82,46 @@ def test_false_shares_are_outweighed_by_the_others():
     model = sim.run()
     assert not sim.of(events.RoundVoid)
     assert arrays.digest(model) == arrays.digest(Sim(study_of()).run())
+
+
+def added(numbers):
+    """Added to the masked vector, as who knows the ring would: the masks fall off it all the same."""
+
+    def change(data):
+        ring = np.frombuffer(data, dtype=np.uint32).copy()
+        ring[: len(numbers)] += np.array(numbers, dtype=np.int64).astype(np.uint32)
+        return ring.tobytes()
+
+    return vector(change)
+
+
+def weight(more):
+    """The last number, by so much more."""
+    return vector(lambda v: v[:-4] + ((int.from_bytes(v[-4:], "little") + more) % 2**32).to_bytes(4, "little"))
+
+
+CENTRAL = (
+    'privacy={unit="client", noise_multiplier=0.5, delta=0.01, units=4, clip_l2=0.3, clipping="adaptive"}',
+    "secure_aggregation.max_examples=10000",
+)
+WEIGHTED = ("secure_aggregation.max_examples=20",)
+
+
+@pytest.mark.parametrize(
+    ("options", "attack"),
+    [
+        (WEIGHTED, added([2**30] * 30)),
+        (WEIGHTED, weight(-(10**6))),
+        (WEIGHTED, weight(10**6)),
+        (CENTRAL, added([2**30] * 30)),
+        (CENTRAL, weight(-(10**6))),
+    ],
+    ids=["values", "weight below", "weight above", "client level values", "client level weight"],
+)
+def test_a_sum_that_no_clipped_updates_can_have_is_not_used(attack, options):
+    """The coordinator cannot look at one vector; at the sum it can."""
+    study = study_of("secure_aggregation.max_clients=4", "rounds=2", *options)
+    sim = Sim(study, spoil=spoiling(Exchange.TRAIN, attack))
+    with pytest.raises(RunFailedError, match="no encoded update"):
+        sim.run()
+    assert len(sim.of(events.RoundFinished)) == 1
