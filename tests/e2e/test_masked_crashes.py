@@ -49,8 +49,8 @@ def of(found: list[events.Event], kind: type) -> list:
     return [event for event in found if isinstance(event, kind)]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_kill_9_of_the_coordinator_changes_no_bit(four: Federation, undisturbed: str, seed: int):
+@pytest.mark.parametrize(("seed", "profile"), [(1, "semi-malicious"), (2, "semi-malicious"), (3, "malicious")])
+def test_kill_9_of_the_coordinator_changes_no_bit(four: Federation, undisturbed: str, seed: int, profile: str):
     chosen = random.Random(seed).sample(range(2, 25), 2)
 
     def kill(number: int, _event: events.Event) -> None:
@@ -58,7 +58,7 @@ def test_kill_9_of_the_coordinator_changes_no_bit(four: Federation, undisturbed:
             four.kill("coordinator")
             four.coordinator()
 
-    found = four.follow(run := four.submit(*EVERYBODY), kill)
+    found = four.follow(run := four.submit(*EVERYBODY, f"secure_aggregation.profile={profile}"), kill)
     assert isinstance(found[-1], events.RunFinished), found[-3:]
     assert len(of(found, events.RunStarted)) > 1, "it was never killed"
     assert digest(from_bytes(four.model(run))) == undisturbed
