@@ -11,7 +11,6 @@ REVEAL is for sparse graphs, above 200 clients; AGREE for these and for the mali
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
@@ -107,10 +106,8 @@ class MaskedRounds(SecureRounds):
             return
         key, requests = machine.unmask_requests()
         if self._sum.agrees:
-            try:
-                requests = dict(self._agreed(work, requests))
-            except RemoteProtocolError as error:
-                machine.void(f"the survivors did not agree: {error.message}")
+            requests = self._agreed(machine, work, requests)
+            if not requests:
                 return
         reason = ""
         for reply in self._say(Exchange.UNMASK, replace(work, cohort=tuple(sorted(requests))), requests):
@@ -201,24 +198,28 @@ class MaskedRounds(SecureRounds):
             yield Failed(client, "too few of its neighbours shared keys")
         return found
 
-    def _agreed(self, work: Work, survivors: Mapping[str, bytes]) -> Mapping[str, bytes]:
-        """Let the survivors sign that they are; what they have to be told then is durable when it is returned.
-
-        Raises:
-            RemoteProtocolError: too few did.
-        """
-        kept = self._journal.get(self._places["agreed"])
+    def _agreed(
+        self, machine: RoundMachine[bytes, SecureSum], work: Work, survivors: dict[str, bytes]
+    ) -> dict[str, bytes]:
+        """Let the survivors sign that they are; what they have to be told then is durable when it is returned. Empty: too few did, the attempt is void."""
+        kept, reason = self._journal.get(self._places["agreed"]), ""
         for reply in self._say(Exchange.AGREE, replace(work, cohort=tuple(sorted(survivors))), survivors):
             if isinstance(reply, Failed):
+                reason = f"client {reply.client!r}: {reply.reason}"
                 self._early.pop(reply.client, None)  # see `open`
             elif kept is None:
-                with contextlib.suppress(RemoteProtocolError):  # it counts as if it had not come
+                try:
                     self._sum.agree(reply.client, reply.body)
-        if (
-            kept is not None
-        ):  # all were asked again for the sake of a simulation's, whose keys were lost; the answers stand
+                except RemoteProtocolError as error:  # it counts as if it had not come
+                    reason = error.message
+        if kept is not None:
+            # The answers stand. All were asked again for the sake of a simulation's clients, whose keys were lost with the process.
             return self._sum.agreed_before(kept)
-        told, record = self._sum.agreed()
+        try:
+            told, record = self._sum.agreed()
+        except RemoteProtocolError as error:
+            machine.void(f"the survivors did not agree: {error.message}; the last of the others: {reason}")
+            return {}
         self._journal.write({self._places["agreed"]: record})
         return told
 

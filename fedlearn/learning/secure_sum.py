@@ -162,10 +162,10 @@ class MaskedSum:
         """See `MaskedAttempt.agree`, as the next two."""
         self._here.agree(client, answer)
 
-    def agreed(self) -> tuple[Mapping[str, bytes], bytes]:
+    def agreed(self) -> tuple[dict[str, bytes], bytes]:
         return self._here.agreed()
 
-    def agreed_before(self, record: bytes) -> Mapping[str, bytes]:
+    def agreed_before(self, record: bytes) -> dict[str, bytes]:
         return self._here.agreed_before(record)
 
     def answer(self, client: str, answer: bytes) -> None:

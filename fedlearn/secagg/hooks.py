@@ -73,7 +73,7 @@ class MaskedAttempt:
         """
         self._server.receive(client, from_client(answer))
 
-    def agreed(self) -> tuple[Mapping[str, bytes], bytes]:
+    def agreed(self) -> tuple[dict[str, bytes], bytes]:
         """Everybody who agrees has said so.
 
         Returns:
@@ -85,7 +85,7 @@ class MaskedAttempt:
         told = self._server.close()
         return {name: to_bytes(message) for name, message in told.items()}, agreements_of(self._server)
 
-    def agreed_before(self, record: bytes) -> Mapping[str, bytes]:
+    def agreed_before(self, record: bytes) -> dict[str, bytes]:
         """`agreed`, after a crash, from what was made durable.
 
         Raises:
