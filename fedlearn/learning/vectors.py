@@ -177,11 +177,10 @@ class Vectors:
         Raises:
             UpdateError: it holds other arrays than it should, is not finite, or has no examples.
         """
-        if sorted(update.private) != sorted(release.name for release in self.releases) or update.examples < 1:
-            raise UpdateError(
-                f"update: releases {sorted(update.private)} of {update.examples} examples, expected"
-                f" {sorted(release.name for release in self.releases)} of at least one"
-            )
+        if sorted(update.private) != (held := sorted(release.name for release in self.releases)):
+            raise UpdateError(f"update: releases {sorted(update.private)}, expected {held}")
+        if update.examples < 1:
+            raise UpdateError("update: expected at least one example behind it")  # how many there are is masked
         cap = self.plan.encoding.weight_cap
         weight = min(update.examples, cap)
         flat: npt.NDArray[np.floating[Any]] = np.empty(
