@@ -9,6 +9,7 @@ The rounding error of a mean is at most quantum / 2 in each coordinate, 1.2e-10 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -134,6 +135,11 @@ class IntegerSum:
             raise UpdateError("partial sum: another quantum or other shapes; expected the same as this sum's")
         if self._bound + other._bound > HEADROOM:
             raise UpdateError("partial sum: the two sums together exceed the headroom of 63 bits")
+
+    @property
+    def rounding_l2(self) -> float:
+        """The most by which rounding can lengthen one term of weight 1, in L2 norm: half a quantum a coordinate."""
+        return math.sqrt(sum(total.size for total in self._sums.values())) * 2.0 ** -(self.quantum_bits + 1)
 
     def integers(self) -> Mapping[str, npt.NDArray[np.int64]]:
         """The sum in units of the quantum; a view, not a copy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -124,6 +125,11 @@ class SumCollector:
     def clients(self) -> int:
         """How many updates are in it."""
         return len(self._clients)
+
+    @property
+    def rounding_l2(self) -> float:
+        """The most by which the sums' rounding can lengthen one update, in joint L2 norm."""
+        return math.hypot(*(total.rounding_l2 for total in self._sums.values()))
 
     @property
     def sums(self) -> Mapping[str, IntegerSum]:

@@ -121,6 +121,11 @@ class OpenSum:
         """How many updates are in it."""
         return self._sum.clients
 
+    @property
+    def rounding_l2(self) -> float:
+        """Nothing: `Vectors.clip_bound` has made up for it."""
+        return 0.0
+
     def totals(self) -> Mapping[str, Mapping[str, npt.NDArray[np.float64]]]:
         """The exact sum of what the clients encoded, by release."""
         return self._vectors.totals(self._sum.decoded, self._frame, self._sum.surplus_keys)

@@ -163,10 +163,12 @@ class CentralPlan:
         sums = total.totals()
         unclipped = round(float(sums[UNCLIPPED][COUNT][0])) if self.counted else 0
         exact = {name: one for name, one in sums.items() if name != UNCLIPPED}
+        clip_l2 = clip_in(table, shared)
+        longer = total.rounding_l2 + _ROUNDING * clip_l2
         chance = chance_for(self.study, "noise", at.round, at.attempt, rehearsal=self.rehearsal)
         clients = max(1, round(denominator(self.plan)))
         numbers = {"clients": clients, "population": self.plan.units, "examples": clients}
         if self.ftrl is not None:
-            return Aggregate(self.ftrl.means(at.round, exact), **numbers), None
-        made = central_release(self.plan, clip_in(table, shared), exact, unclipped, total.clients, chance)
+            return Aggregate(self.ftrl.means(at.round, exact, 1 + longer / clip_l2), **numbers), None
+        made = central_release(self.plan, clip_l2, exact, unclipped, total.clients, chance, longer=longer)
         return Aggregate(made.means, **numbers), made.clip_l2 if self.counted else None

@@ -120,6 +120,8 @@ def central_release(
     unclipped: int,
     contributions: int,
     chance: Chance,
+    *,
+    longer: float = 0.0,
 ) -> CentralRelease:
     """Noise on the sum of a round's contributions, whoever refused or vanished.
 
@@ -130,9 +132,10 @@ def central_release(
         unclipped: how many contributions were within the clip.
         contributions: how many there were.
         chance: of the noise.
+        longer: how much longer than the clip a contribution can be in the sum, by rounding: it needs its noise too.
     """
     size = denominator(plan)
-    std = plan.sum_noise_multiplier * clip_l2
+    std = plan.sum_noise_multiplier * (clip_l2 + longer)
     means: dict[str, dict[str, Array]] = {}
     for name, arrays in sums.items():
         means[name] = {}

@@ -139,14 +139,16 @@ class FtrlRun:
                     found.add(place)
         return tuple(ordered.at(place) for place in sorted(found))
 
-    def means(self, round_number: int, sums: Mapping[str, Arrays]) -> dict[str, dict[str, Array]]:
+    def means(self, round_number: int, sums: Mapping[str, Arrays], stretch: float = 1.0) -> dict[str, dict[str, Array]]:
         """The round's sums with its noise, divided by the plan's number of clients; the same at every call.
 
         Args:
             round_number: of the round.
             sums: release name to named arrays: exact sums.
+            stretch: of the noise, for contributions that are so much longer than the clip; the same in every round.
         """
-        noise = self._noise_of(round_number, sum(array.size for arrays in sums.values() for array in arrays.values()))
+        size = sum(array.size for arrays in sums.values() for array in arrays.values())
+        noise = self._noise_of(round_number, size) * stretch
         means: dict[str, dict[str, Array]] = {}
         first = 0
         for name, arrays in sums.items():

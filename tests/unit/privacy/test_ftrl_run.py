@@ -273,7 +273,7 @@ def test_c_times_the_released_noise_is_independent_at_every_crash(matrix):
         assert journal.key is not None
         one = FtrlRun(plan, Keyed(journal.key), "run", None)
         expected = np.stack([one._chance_of(n).normal(8, plan.ftrl.noise_std) for n in range(1, 7)])
-        np.testing.assert_allclose(c @ released, expected, atol=1e-9, err_msg=f"write {k}")
+        np.testing.assert_allclose(c @ released, expected, rtol=2e-6, err_msg=f"write {k}")
         assert journal.get(record_key("noise-key", "run")) is None, "erased with the last round"
         keys.add(journal.key)
         if not died:
