@@ -19,6 +19,11 @@ Weighted = Callable[[torch.Tensor], Gradients]
 Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, Weighted]]
 
 
+_LOST: Final = 1e-36
+"""The most that float32 loses of a sum of up to 7e8 squares where they are too small for it. A server chooses the weights, and so how small inputs and
+how large gradients are: a norm that came out as 0 would leave their product as it is."""
+
+
 def why_not(module: nn.Module) -> str | None:
     """Why there is no rule for a layer, in words; None where there is."""
     if type(module) not in RULES:
@@ -38,9 +43,9 @@ def places_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:
-    """Squared norm of each example, shape (batch,)."""
+    """Squared norm of each example, shape (batch,), never below `_LOST`: what it is multiplied with may be as large as that is small."""
     norms: torch.Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
-    return norms.square()
+    return norms.square().clamp_min(_LOST)
 
 
 def apply_rule(
@@ -85,7 +90,7 @@ def _sequence(a: torch.Tensor, g: torch.Tensor, shape: torch.Size, *, bias: bool
     more = _square(total) if total is not None else 0.0
     if places * (inner + outer) < inner * outer:
         gram = torch.bmm(a, a.transpose(1, 2)).mul_(torch.bmm(g, g.transpose(1, 2)))
-        squared = gram.flatten(1).sum(1)
+        squared = gram.flatten(1).sum(1) + _LOST * (_square(a) + _square(g))
 
         def weight(factors: torch.Tensor) -> torch.Tensor:
             return (g * factors[:, None, None]).reshape(-1, outer).t() @ a.reshape(-1, inner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,14 +11,22 @@ import pytest
 import torch
 from torch import nn
 
+from fedlearn.arrays import Spec
 from fedlearn.errors import DataError, StudyError, UnsupportedError
 from fedlearn.learning import local
+from fedlearn.learning.collect import SumCollector
+from fedlearn.learning.postprocess import joint_l2_norm
 from fedlearn.learning.task import Batch, ClientData
+from fedlearn.learning.update import DELTA, Update
+from fedlearn.privacy.central import CentralPlan
 from fedlearn.privacy.clipping import next_clip
 from fedlearn.privacy.dpsgd import DpSgd
+from fedlearn.privacy.ghost import GhostGradients
 from fedlearn.privacy.mechanisms import secret_chance, seeded_chance
 from fedlearn.privacy.plan import CLIPS, AdaptiveClip, FixedClip, PoissonSampling, PrivacyPlan, Unit
 from fedlearn.privacy.site import SitePlan, site_plan
+from fedlearn.release.journal import DictJournal
+from fedlearn.release.keys import AttemptId
 from fedlearn.study import TrainTable
 from strategies import create
 from tests.support.tiny_task import TinyTask, tiny_study
@@ -146,3 +155,46 @@ def test_how_many_rows_a_site_has_refuses_nothing_over_the_link():
 def test_a_site_whose_rows_all_test_sends_noise():
     model = nn.Linear(6, 3)
     train(model, secret_chance(), 0)
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "ftrl"])
+def test_noise_covers_what_rounding_to_the_sums_quantum_adds(mechanism):
+    """A sum is of integers of 2^-32. 1e-9 spread over 10,000 numbers is 1e-11 each and comes out as nothing; 1.2e-8 comes out as 2.3e-8."""
+    clip, size = 1.2e-8, 10_000
+    more = ("privacy.mechanism=ftrl", "privacy.min_separation=1") if mechanism == "ftrl" else ()
+    study = tiny_study(
+        "privacy.unit=client",
+        "privacy.noise_multiplier=3.0",
+        "privacy.delta=1e-3",
+        "privacy.units=4",
+        f"privacy.clip_l2={clip}",
+        *more,
+    )
+    total = SumCollector(create("fedavg"), {"w": Spec((size,), "float32")})
+    update = Update({DELTA: {"w": np.full(size, clip / 100, dtype=np.float32)}}, examples=1)
+    assert joint_l2_norm(update) == pytest.approx(clip)
+    total.add("ada", update)
+    moved = float(np.linalg.norm(total.totals()[DELTA]["w"]))
+    assert moved > 1.9 * clip
+    central = CentralPlan.of(study, DictJournal(), "run", rehearsal=True)
+    assert central is not None
+    central.opening()
+    found, _ = central.release(AttemptId(1, 1), total, {})
+    noise = found.means[DELTA]["w"] * 4 - total.totals()[DELTA]["w"]
+    assert noise.std() >= 0.97 * central.plan.sum_noise_multiplier * moved
+
+
+@pytest.mark.parametrize("places", [0, 2])
+@pytest.mark.parametrize("small", [1e-23, 1e-20])
+def test_no_weights_that_a_server_chooses_get_a_gradient_past_its_clip(places, small):
+    """Inputs whose squares float32 has not, and gradients that make up for it: their norm came out as 0, and nothing was clipped."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 40, bias=False), nn.Linear(40, 40, bias=False), nn.Linear(40, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(small)
+        model[1].weight.zero_()  # so that only its own gradient is there: 26,000 clips long
+        model[2].weight.mul_(1e-5 / small)
+    x = torch.randn(1, *([places] if places else []), 4)
+    found = GhostGradients(model)(lambda: model(x).flatten(1)[:, :2].sum(1), 1e-9)
+    norm = math.sqrt(sum(float(value.double().square().sum()) for value in found.gradients.values()))
+    assert 0 < norm <= 1e-9 * (1 + 1e-5)
