@@ -342,3 +342,28 @@ async def test_an_error_does_not_say_how_many_examples_there_are(bundles):
         with pytest.raises(UpdateError) as caught:
             masks.masked(request, other)
         assert "4321" not in str(caught.value)
+
+
+AGREED = MASKED.with_overrides(["secure_aggregation.profile=malicious"])
+
+
+async def test_survivors_that_nobody_signed_open_nothing(bundles):
+    """Where survivors are agreed upon, one set is signed for, ever, and only a quorum's signatures under it open the sum."""
+    server = Coordinator(bundles, AGREED)
+    made, told = await server.trained()
+    first = from_bytes(told["ada"])
+    await refused(server.ask("ada", Exchange.AGREE, to_bytes(Agreements(7, (b"x",) * 3))), SecureAggregationError)
+    await refused(server.ask("bob", Exchange.UNMASK, told["bob"]), SecureAggregationError, "expected Agreements")
+    signed = {name: from_client((await server.said(name, Exchange.AGREE, told[name])).body) for name in CLIENTS[1:]}
+    fewer = to_bytes(Survivors(0b0111, first.inclusions[:-1]))
+    await refused(server.ask("bob", Exchange.AGREE, fewer), PolicyRefusedError, "other-request")
+    two = to_bytes(Agreements(0b0110, (signed["bob"].signature, signed["cyd"].signature)))
+    error = await refused(server.ask("bob", Exchange.UNMASK, two), SecureAggregationError)
+    assert error.breach is Breach.BELOW_THRESHOLD
+    forged = to_bytes(Agreements(0b0111, (signed["cyd"].signature, signed["bob"].signature, signed["cyd"].signature)))
+    error = await refused(server.ask("cyd", Exchange.UNMASK, forged), SecureAggregationError)
+    assert error.breach is Breach.BAD_SIGNATURE
+    server.sites.kill("dee")
+    await refused(server.ask("dee", Exchange.AGREE, fewer), PolicyRefusedError, "other-request")
+    assert made.stage is Stage.AGREE
+    assert all("unmask" not in server.outbox(name) for name in CLIENTS)
