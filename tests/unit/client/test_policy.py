@@ -213,3 +213,9 @@ def test_a_table_of_masks_is_strict(tmp_path, text, word):
     with pytest.raises(StudyError) as caught:
         rules_of(tmp_path, text)
     assert word in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_the_pages_table_of_masks_is_a_policy(tmp_path):
+    page = (Path(__file__).resolve().parents[3] / "docs" / "secure-aggregation.md").read_text()
+    (table,) = (block for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "reopen" in block)
+    assert rules_of(tmp_path, table).secure_aggregation == MaskRules(profile="malicious", adversarial=0.25)

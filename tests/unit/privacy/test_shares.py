@@ -15,6 +15,7 @@ from fedlearn.privacy.plan import Everyone, Unit
 from fedlearn.privacy.shares import LEAST_SENSITIVITY, NoiseShares
 from fedlearn.privacy.statement import lines, planned, released
 from fedlearn.privacy.study import noise_plan, plan_of
+from fedlearn.secagg.plan import Profile
 from tests.support.shared_noise import noisy_study
 
 LENGTHS = (1, 2, 5, 100, 401, 3_000, 40_000, 1_700_000, 10**8)
@@ -125,3 +126,12 @@ def test_void_attempts_are_counted():
     study = noisy_study("privacy.seeded=false")
     few, many = (released(study, committed=2, attempts=n, rehearsal=False)["epsilon"] for n in (2, 5))
     assert few < many
+
+
+def test_survivors_that_are_agreed_upon_need_less_noise_of_each():
+    """Nobody can be told of others than are in the sum, so more honest clients are sure to be in it."""
+    told = noisy_study("secure_aggregation.max_clients=20")
+    agreed = told.with_overrides(["secure_aggregation.profile=malicious"])
+    assert [plan_of(study).shares.honest for study in (told, agreed)] == [15, 16]
+    assert masking_plan(agreed, 100).profile is Profile.MALICIOUS
+    assert masking_plan(told, 100).profile is Profile.SEMI_MALICIOUS

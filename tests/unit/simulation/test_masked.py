@@ -204,6 +204,32 @@ def test_one_client_may_drop_out_at_any_stage(study, exchange):
     assert not sim.of(events.RoundVoid)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_more_clients_than_a_complete_graph_has():
+    """Nothing is made smaller here: 210 clients, the neighbours and thresholds of 210."""
+    study = study_of(
+        *("data.partition=bootstrap", "data.clients=210", "data.folds=1", "cohort.wait_for=210", "rounds=1"),
+        *("secure_aggregation.adversarial=0.05", "secure_aggregation.dropout=0.05", "evaluate.every=0"),
+    )
+    asked = []
+
+    def away(client):
+        return client.endswith("7") and client < "client-0100"
+
+    def spoil(now, _work, replies):
+        asked.append(now)
+        for reply in replies:
+            yield Failed(reply.client, "gone") if now is Exchange.TRAIN and away(reply.client) else reply
+
+    sim = Sim(study.with_overrides(["secure_aggregation.mode=exact"]), spoil=spoil)
+    found, works = opened_sums(sim)
+    left = tuple(c for c in sim.backend.clients() if not away(c))
+    assert asked == list(ORDER)
+    assert len(left) == 200
+    assert found == {1: plain_sum(sim, works[1], left)}
+
+
 @pytest.mark.parametrize("gone", [1, 2])
 def test_too_few_that_agree_void_the_round(gone):
     """Three of four have to sign."""

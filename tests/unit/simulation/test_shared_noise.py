@@ -38,9 +38,18 @@ def simulated(study):
         ("strategy.name=fedadam", "cohort.size=3", "rounds=5"),
         CROWD,
         (SURPLUS, *CROWD),
+        (SURPLUS, "secure_aggregation.profile=malicious", *CROWD),
         (SURPLUS, "cohort.size=3", "rounds=5", "secure_aggregation.max_clients=4"),
     ],
-    ids=["fedavg", "scaffold", "three of four", "twelve of eighteen", "surplus", "surplus below its level"],
+    ids=[
+        "fedavg",
+        "scaffold",
+        "three of four",
+        "twelve of eighteen",
+        "surplus",
+        "surplus, agreed upon",
+        "surplus below its level",
+    ],
 )
 def test_with_every_mask_and_without_one_gives_the_same_bits(overrides):
     study = noisy_study("task.options={hidden=6}", *overrides)
