@@ -125,3 +125,58 @@ def test_a_sum_that_no_clipped_updates_can_have_is_not_used(attack, options):
     with pytest.raises(RunFailedError, match="no encoded update"):
         sim.run()
     assert len(sim.of(events.RoundFinished)) == 1
+
+
+def entry(data):
+    return lambda reply: replace(reply, entry=data)
+
+
+def twice(reply):
+    return replace(reply, entry=reply.entry * 2)
+
+
+BAD_ENTRIES = {"no entry": entry(b""), "no message": entry(b"\xff\xff"), "two of them": twice}
+
+
+@pytest.mark.parametrize("attack", BAD_ENTRIES)
+def test_a_bad_check_in_that_rides_along_is_asked_for_again(attack):
+    sim = Sim(study_of(), spoil=spoiling(Exchange.TRAIN, BAD_ENTRIES[attack]))
+    sim.run()
+    assert [event.clients for event in sim.of(events.RoundFinished)] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("attack", BAD_ENTRIES)
+def test_a_bad_check_in_costs_its_sender_the_round(attack):
+    sim = Sim(study_of(), spoil=spoiling(Exchange.CHECK_IN, BAD_ENTRIES[attack], at_round=1))
+    sim.run()
+    assert [event.clients for event in sim.of(events.RoundFinished)] == [3, 4, 4]
+
+
+UNREADABLE = {
+    "bytes": body(b"\xff\xff"),
+    "nothing": body(b""),
+    "an agreement": body(to_bytes(Agreement(b"x"))),
+    "no shares": body(to_bytes(Opening((), b"x"))),
+    "one share": body(to_bytes(Opening((bytes(33),), b"x"))),
+    "shares out of range": body(to_bytes(Opening((b"\xff" * 33,) * 4, b"x"))),
+    "a vector": body(to_bytes(Masked(b"x", bytes(1000)))),
+}
+
+
+@pytest.mark.parametrize("attack", UNREADABLE)
+@pytest.mark.parametrize(
+    ("exchange", "clients", "profile"),
+    [
+        (Exchange.SHARE, 3, "semi-malicious"),
+        (Exchange.UNMASK, 4, "semi-malicious"),
+        (Exchange.AGREE, 4, "malicious"),
+        (Exchange.UNMASK, 4, "malicious"),
+    ],
+)
+def test_nonsense_at_any_exchange_is_one_clients_dropout(exchange, clients, profile, attack):
+    sim = Sim(
+        study_of(f"secure_aggregation.profile={profile}", "rounds=2"), spoil=spoiling(exchange, UNREADABLE[attack])
+    )
+    sim.run()
+    assert [event.clients for event in sim.of(events.RoundFinished)] == [4, clients]
+    assert not sim.of(events.RoundVoid)
