@@ -14,7 +14,7 @@ from typing import Final
 from pydantic import BaseModel
 
 from fedlearn.errors import LimitExceededError, StudyError
-from fedlearn.study import Study
+from fedlearn.study import Study, table_of
 
 MAX_CELLS: Final = 10_000
 NAMES: Final = {"strategy": "strategy.name", "task": "task.name"}
@@ -136,11 +136,11 @@ def _key_of(name: str) -> str:
 
 def _keys(table: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, info in table.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _keys(kind, f"{prefix}{name}.")
-        else:
+        kind, named = table_of(info.annotation)
+        if kind is None:
             yield f"{prefix}{name}"
+        elif not named:  # a key below a name of the user's choice has no short one
+            yield from _keys(kind, f"{prefix}{name}.")
 
 
 def _split(text: str) -> Iterator[str]:

@@ -14,7 +14,8 @@ def test_short_names_are_unambiguous_and_documented():
     expected = {"strategy": "strategy.name", "task": "task.name", "lr": "train.lr", "seed": "seed", "rounds": "rounds"}
     assert expected.items() <= names.items()
     assert names["partition"] == "data.partition"
-    assert {"clients", "name", "options"}.isdisjoint(names), "several keys end so"
+    assert names["epsilon"] == "privacy.epsilon", "of a table that a study may leave out"
+    assert {"clients", "clip_l2", "name", "options"}.isdisjoint(names), "several keys end so"
 
 
 @pytest.mark.parametrize(
