@@ -304,13 +304,16 @@ def _validate(tree: Any, text: str, origin: str, overrides: Sequence[str] = ()) 
 
 
 def _override_of(overrides: Sequence[str], where: tuple[str, ...]) -> str:
-    """The last override that set a key, as a place to point at; empty when none did."""
-    for override in reversed(overrides):
-        path = _override_path(override)
-        shared = min(len(path), len(where))
-        if shared and path[:shared] == where[:shared]:
+    """The last override that set a key or the table that it is in, else the only one in that table, as a place to point at.
+
+    Empty where several set parts of what is wrong as a whole: none of them is to blame by itself.
+    """
+    paths = [(_override_path(override), override) for override in reversed(overrides)]
+    for path, override in paths:
+        if where[: len(path)] == path:
             return f"override {override!r}"
-    return ""
+    inside = {path: override for path, override in paths if where and path[: len(where)] == where}
+    return f"override {next(iter(inside.values()))!r}" if len(inside) == 1 else ""
 
 
 def _known_keys(path: tuple[str, ...]) -> list[str]:

@@ -229,6 +229,10 @@ def test_the_last_override_wins():
         (("=3",), "override '=3': expected key=value"),
         (("train..lr=3",), "override 'train..lr=3': expected key=value"),
         (("rounds.x=1",), "override 'rounds.x=1': 'rounds' is a value, not a table"),
+        (
+            ("privacy.unit=group", "privacy.epsilon=3", "privacy.delta=1e-5"),
+            "s.toml: privacy: group: missing; name the",
+        ),
         (("rounds=0",), "override 'rounds=0': rounds: Input should be greater than or equal to 1 (got 0)"),
         (("trian.lr=1",), "override 'trian.lr=1': unknown key 'trian'"),
         (("train.lr=1", "train.lrr=1"), "override 'train.lrr=1': unknown key 'train.lrr'"),
