@@ -123,4 +123,5 @@ def _size(count: int) -> str:
 
 
 def _time(value: float) -> str:
-    return f"{value:.2g} s" if value >= 1 else f"{value * 1e3:.2g} ms"
+    shown, unit = (value, "s") if value >= 1 else (value * 1e3, "ms")
+    return f"{shown:.2g} {unit}" if shown < 10 else f"{shown:.0f} {unit}"

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from fedlearn.cli import main
+from fedlearn.cli.secagg import _time
 
 PLAN = ["secagg", "plan", "--clients", "100", "--adversarial", "0.1", "--dropout", "0.1", "--parameters", "1.7e6"]
 
@@ -16,6 +17,17 @@ def test_the_plan_of_the_documentation(capsys):
     shown = capsys.readouterr().out
     for line in ("56 of 100", "44 of 100", "6.81 MB (1.00 of float32", "server and 12 clients, lying", "complete"):
         assert line in shown
+
+
+def test_times_are_numbers_that_people_read():
+    assert [_time(t) for t in (0.0000012, 0.0044, 0.131, 0.999, 1.24, 640.2)] == [
+        "0.0012 ms",
+        "4.4 ms",
+        "131 ms",
+        "999 ms",
+        "1.2 s",
+        "640 s",
+    ]
 
 
 def test_json(capsys):
