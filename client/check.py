@@ -132,7 +132,7 @@ def _study(options: AgentOptions) -> str:
         raise PolicyRefusedError(
             f"{study.name}: {'the run' if least > 1 else 'its first round'} would take {account!r} from epsilon {shown(first.spent)} "
             f"to {shown(first.after)}, the budget is {first.budget}",
-            hint="a study with more noise or fewer rounds; or whoever answers for the data raises the budget",
+            hint="a study that costs less; or whoever answers for the data raises the budget",
         )
     fits, too_many = least, most + 1
     while too_many - fits > 1:  # what more rounds cost only grows

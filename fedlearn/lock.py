@@ -42,7 +42,7 @@ class FolderLock:
             os.close(self._fd)
             raise StateError(
                 f"{folder}: in use by {other or 'another process'}",
-                hint="stop that process, or give this one a state folder of its own",
+                hint="stop that process; only one that works for somebody else, or on other data, has a state folder of its own",
             ) from None
         os.ftruncate(self._fd, 0)
         os.write(self._fd, f"{holder}, process {os.getpid()}\n".encode())

@@ -81,9 +81,8 @@ def verify(
     else:
         for problem in found.problems:
             print(f"problem: {problem}")
-        print(
-            f"{found.records} records of site {found.site!r}, data set {found.data_set!r}: {'not sound' if found.problems else 'sound'}"
-        )
+        whose = f" of site {found.site!r}, data set {found.data_set!r}" if found.records else " can be read"
+        print(f"{found.records} records{whose}: {'not sound' if found.problems else 'sound'}")
     return StateError.exit_code if found.problems else 0
 
 

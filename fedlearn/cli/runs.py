@@ -165,7 +165,8 @@ def _follow(control: ControlClient, run_id: str, *, json: bool, out: Path | None
         print(f"detached: run {run_id} goes on; `fedlearn watch {run_id}` shows it again", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     if isinstance(view.ended, events.RunFailed):
-        raise RunFailedError(f"run {run_id}: {view.ended.reason}", hint=f"fedlearn show {run_id} has its rounds")
+        reason = view.ended.reason.removeprefix(f"run {run_id}: ")
+        raise RunFailedError(f"run {run_id}: {reason}", hint=f"fedlearn show {run_id} has its rounds")
     if view.ended is None and (found := control.show(run_id)).summary.status == "failed":
         reason = jsonlib.loads(found.detail_json or "{}").get("reason") or "no reason was recorded"
         raise RunFailedError(f"run {run_id}: {reason}")

@@ -281,7 +281,11 @@ def _read(path: Path) -> bytes:
             raise StateError(f"ledger {file}: larger than MAX_LEDGER_BYTES = {MAX_LEDGER_BYTES}")
         return file.read_bytes()
     except OSError as error:
-        raise StateError(f"ledger {file}: cannot be read: {error.strerror}", hint="name the ledger's folder") from None
+        below = sorted(str(found.parent) for found in (path / LEDGERS).glob(f"*/{LEDGER_FILE}"))
+        raise StateError(
+            f"ledger {file}: cannot be read: {error.strerror}",
+            hint=f"name the ledger's folder{': ' + ' or '.join(below) if below else ''}",
+        ) from None
 
 
 def _epsilon(costs: list[str], budget: Budget | None) -> float | None:

@@ -81,12 +81,16 @@ def test_noise_that_clients_add_holds_against_the_server_too(capsys, tmp_path):
         "adversarial": 0.1,
         "dropout": 0.1,
         "surplus": True,
+        "malicious": False,
     }
     assert main(["privacy", "plan", str(path)]) == 0
     text = capsys.readouterr().out
     assert "against reader of the model, other sites, server: 8.0000" in text
     assert "at least 2 honest clients add their noise" in text
-    assert "each client adds 1/2 of its variance before its update is masked, sums of fewer than 3 clients are not opened" in text
+    assert (
+        "each client adds 1/2 of its variance before its update is masked, sums of fewer than 3 clients are not opened"
+        in text
+    )
     assert "4 together leave a variance 1.33 times as large" in text
 
 
@@ -294,6 +298,9 @@ def test_an_agents_state_folder_shows_every_ledger(capsys, tmp_path):
     assert [one["data_set"] for one in found] == ["blood", "heart"]
     assert main(["ledger", "show", str(tmp_path)]) == 0
     assert "data set heart" in capsys.readouterr().out
+    assert main(["ledger", "verify", str(tmp_path)]) == 12
+    places = [str(tmp_path / "ledgers" / name) for name in ("blood", "heart")]
+    assert f"name the ledger's folder: {' or '.join(places)}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_verify_tells_a_sound_ledger_from_another(capsys, folder):
