@@ -28,7 +28,7 @@ class Alternative:
     epsilon: float
 
 
-def rounds_shown(rounds: int, most: int = 8) -> list[int]:
+def rounds_shown(rounds: int, most: int = 10) -> list[int]:
     """Up to `most` rounds from the first to the last, evenly spread."""
     return sorted({max(1, round(rounds * i / most)) for i in range(1, most + 1)} | {1, rounds})
 
@@ -129,5 +129,5 @@ def in_words(plan: PrivacyPlan) -> str:
         case FixedCohort(size, population):
             return f"{size} of {population}"
         case Spaced(size, separation, _):
-            return f"{size}, each every {separation} rounds at most"
+            return f"{size}, each once in {separation} rounds"
     return "everyone"
