@@ -205,7 +205,6 @@ def test_one_client_may_drop_out_at_any_stage(study, exchange):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_more_clients_than_a_complete_graph_has():
     """Nothing is made smaller here: 210 clients, the neighbours and thresholds of 210."""
     study = study_of(
