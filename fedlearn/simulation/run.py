@@ -262,7 +262,7 @@ def run_ready(
                 ready.strategy,
                 initial,
                 backend,
-                journal if journal is not None else DictJournal(),
+                journal,
                 metric=population.task.card.metric,
                 emit=manner.emit,
                 should_stop=manner.should_stop,
