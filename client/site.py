@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from flwr.app import Message, RecordDict
 
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from fedlearn.release.charge import Charge
     from fedlearn.release.site import SiteGate
     from fedlearn.study import Study
+
+
+MOST_FAILURES: Final = 16
+"""A study's options may make this site's work fail or not as its data have it: a server that could ask for ever could read them out."""
 
 
 class Site:
@@ -61,6 +65,7 @@ class Site:
         self._masking = masking
         self._node_config = dict(node_config)
         self._outbox = Outbox(gate)
+        self._failed = 0
 
     async def handle(self, message: Message) -> Message:
         """The reply to one message.
@@ -80,6 +85,11 @@ class Site:
             raise PolicyRefusedError(
                 "policy: this site keeps no ledger, so it takes part in no study with a privacy plan"
             )
+        if self._failed >= MOST_FAILURES:
+            raise PolicyRefusedError(
+                f"site: {self._failed} messages of private studies failed here; it answers no more of them",
+                hint="its operator finds the reasons in its log, and starts it again",
+            )
         await self._outbox.at_gate(self._accounts.check, heads)
         account = self._rules.account(study.privacy)
         try:
@@ -89,7 +99,7 @@ class Site:
         except FedlearnError:
             raise
         except Exception as error:
-            raise withheld(request.run, error) from None
+            raise self._withheld(request.run, error) from None
         put_heads(reply.content, [await self._outbox.at_gate(self._accounts.head)])
         return reply
 
@@ -223,7 +233,12 @@ class Site:
         except Exception as error:
             if guard is None:
                 raise
-            raise withheld(run, error) from None
+            raise self._withheld(run, error) from None
+
+    def _withheld(self, run: str, error: Exception) -> FedlearnError:
+        """What the server is told of a failure, and a count of them: each says something of the data that no budget pays for."""
+        self._failed += 1
+        return withheld(run, error)
 
     def _settled_state(self, request: Request) -> bytes | None:
         base = None if request.base is None else AttemptId(*request.base)

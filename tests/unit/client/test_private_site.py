@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from client import records
 from client.process import WorkerRaisedError
+from client.site import MOST_FAILURES
 from fedlearn.errors import (
     DataError,
     FedlearnError,
@@ -68,6 +69,23 @@ async def test_every_update_is_charged_once_and_sent_again_free(tmp_path):
         third = await later.site.handle(ask(RECORD, 2, attempt=2))
         assert messages.decode_update(third.content).examples == 1
         assert later.costs(RECORDS) == [ONE_ROUND] * 3
+
+
+async def test_failures_tell_a_server_only_so_much(tmp_path):
+    """What fails depends on the data, and costs nothing: a server could ask one question after another."""
+
+    def fail():
+        raise DataError("row 7: diagnosis 'flu' is not among the classes")
+
+    with private_site(tmp_path / "s", Worker(fail)) as one:
+        for number in range(MOST_FAILURES):
+            with pytest.raises(WorkerCrashedError) as caught:
+                await one.site.handle(ask(RECORD, 1, run=f"run-{number}"))
+            assert "flu" not in caught.value.message
+        one.worker.answer = small_update
+        with pytest.raises(PolicyRefusedError, match=f"{MOST_FAILURES} messages of private studies failed here"):
+            await one.site.handle(ask(RECORD, 1, run="one-more"))
+        assert one.costs(RECORDS) == []
 
 
 async def test_a_budget_that_is_spent_refuses_with_the_numbers(tmp_path):
