@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from fedlearn.events import SumOpened
 
@@ -31,6 +29,7 @@ def lines(opened: SumOpened, clients: int) -> list[str]:
 
 def plot(opened: SumOpened, clients: int, path: Path | None = None) -> Any:
     """Both vectors' first numbers as bars, as a matplotlib figure; saved as PNG where a path is given."""
+    import numpy as np
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.2), layout="constrained")

@@ -533,7 +533,9 @@ def test_kill_9_never_leaves_the_ledger_below_what_left(tmp_path):
                     os._exit(1)
             wire = folder / "wire"
             before, give_up = size_of(wire), time.monotonic() + 10
-            early = chance.random() < 0.1  # mostly after something left in this life, now and then while it still starts
+            early = (
+                chance.random() < 0.1
+            )  # mostly after something left in this life, now and then while it still starts
             while not early and size_of(wire) == before and time.monotonic() < give_up:
                 os.sched_yield()
             time.sleep(chance.uniform(0.0, 0.02))  # where it then is, is chance
