@@ -110,7 +110,7 @@ class Rehearsal:
 
     def _work(self, loop, run: Run, study) -> None:
         def emit(event: events.Event) -> None:
-            if len(run.lines) == self._hold_after:
+            if self._hold_after is not None and len(run.lines) >= self._hold_after:
                 self._free.wait(60)
             if isinstance(event, events.RunFinished):
                 # As at a coordinator: whoever hears that the run has ended can fetch its model.

@@ -316,7 +316,7 @@ def test_10_statistics_of_the_batch_alone_are_refused_for_records():
         simulate(tiny_study(*RECORD, f"task.name={Batchy.name}", "task.options.kind=batch"), emit=seen.append)
     reasons = [e.reason for e in seen if isinstance(e, events.ClientDropped)]
     assert reasons
-    assert all("over the batch" in reason for reason in reasons)
+    assert all("examples are not separate" in reason for reason in reasons)
 
 
 def test_11_every_statement_owns_up_to_floating_point():
