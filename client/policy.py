@@ -141,6 +141,9 @@ class SiteRules(BaseModel):
     """The name of this site's data in its ledger. Whatever runs on the same data must have the same name. None: the task's name."""
     budgets: BudgetTables = BudgetTables()
     """What studies may spend. With any, a study without a plan for this data is refused."""
+    mixed_units: bool = False
+    """Allow budgets of more than one unit. Their epsilons do not add up: a study that protects clients tells something of each record too, and
+    the other way round, and neither account pays for it."""
     secure_aggregation: MaskRules = MaskRules(required=False)
     """What is asked of studies' masks; `true` for masks at all."""
     seeded: bool | None = None
@@ -155,6 +158,16 @@ class SiteRules(BaseModel):
     def gate(self) -> SitePolicy:
         """The limits that the gate keeps."""
         return SitePolicy(max_voids_per_run=self.max_voids_per_run, reopen=self.secure_aggregation.reopen)
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> SiteRules:
+        units = self.budgets.units
+        if len(units) > 1 and not self.mixed_units:
+            raise ValueError(
+                f"budgets: got {' and '.join(units)}: what a study spends of one unit it does not pay of the other; keep one, or set "
+                "mixed_units = true and read docs/privacy.md"
+            )
+        return self
 
     def with_defaults(self, task: str, app: str) -> SiteRules:
         """The rules with the command line's task and the installed app where the file names none."""

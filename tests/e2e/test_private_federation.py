@@ -111,7 +111,7 @@ def test_a_private_run_ends_with_the_simulations_bytes_and_every_round_in_every_
     scored = [*overrides, "privacy.evaluation_noise=4.0"]
     client = ["rounds=3", "privacy.unit=client", "privacy.noise_multiplier=4.0", "privacy.delta=1e-3"]
     client += ["privacy.units=4", "privacy.clipping=adaptive", "privacy.seeded=true"]
-    policy = budget(50.0) + "[budgets.client]\nepsilon = 50.0\ndelta = 1e-5\n"
+    policy = "mixed_units = true\n" + budget(50.0) + "[budgets.client]\nepsilon = 50.0\ndelta = 1e-5\n"
     with link_net(tmp_path) as link:
         ready(processes, link, tmp_path, dict.fromkeys(HOSPITALS, policy))
         heads = Heads()

@@ -30,7 +30,7 @@ KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 APP = "a" * 64
 SITE = "cleveland"
 MODEL = {"w": np.zeros((3, 2), np.float32), "b": np.zeros(2, np.float32)}
-BUDGET = "[budgets.record]\nepsilon = 50.0\ndelta = 1e-5\n[budgets.client]\nepsilon = 50.0\ndelta = 1e-5\n"
+BUDGET = "mixed_units = true\n[budgets.record]\nepsilon = 50.0\ndelta = 1e-5\n[budgets.client]\nepsilon = 50.0\ndelta = 1e-5\n"
 TYPES = {Exchange.DESCRIBE: "query", Exchange.TRAIN: "train", Exchange.EVALUATE: "evaluate"}
 
 

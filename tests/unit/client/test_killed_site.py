@@ -26,7 +26,7 @@ from fedlearn.privacy.study import plan_of
 from fedlearn.release.records import Status
 from tests.support.private_site import CLIENT, SITE, PrivateSite, Worker, ask, private_site, study_of
 
-POLICY = "[budgets.record]\nepsilon = 1000.0\ndelta = 1e-5\n[budgets.client]\nepsilon = 1000.0\ndelta = 1e-5\n"
+POLICY = "mixed_units = true\n[budgets.record]\nepsilon = 1000.0\ndelta = 1e-5\n[budgets.client]\nepsilon = 1000.0\ndelta = 1e-5\n"
 MANY = study_of('unit = "record"\nnoise_multiplier = 20.0\ndelta = 1e-5\nsteps = 1\n', rounds=100_000)
 RECORDS, CLIENTS = "hospital/heart/record", "hospital/heart/client"
 

@@ -219,3 +219,13 @@ def test_the_pages_table_of_masks_is_a_policy(tmp_path):
     page = (Path(__file__).resolve().parents[3] / "docs" / "secure-aggregation.md").read_text()
     (table,) = (block for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "reopen" in block)
     assert rules_of(tmp_path, table).secure_aggregation == MaskRules(profile="malicious", adversarial=0.25)
+
+
+def test_units_are_not_mixed_unless_the_policy_says_so(tmp_path):
+    both = "[budgets.record]\nepsilon = 1.0\ndelta = 1e-5\n[budgets.client]\nepsilon = 1.0\ndelta = 1e-5\n"
+    path = tmp_path / "policy.toml"
+    path.write_text(both)
+    with pytest.raises(StudyError, match="record and client: what a study spends of one unit"):
+        load_rules(path)
+    path.write_text("mixed_units = true\n" + both)
+    assert load_rules(path).budgets.units == ("record", "client")
