@@ -65,7 +65,6 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw epsilon over the rounds; PNG.")
     ] = None,
-    prv: Annotated[bool, typer.Option("--prv", help="Ask Opacus' accountant too; loading it takes seconds.")] = False,
     rounds: Rounds = None,
     overrides: Overrides = None,
     app: AppFolder = None,
@@ -80,9 +79,8 @@ def plan(
     del debug
     from fedlearn.app import load_app
     from fedlearn.learning.combine import check_combination
-    from fedlearn.privacy.accounting import account
     from fedlearn.privacy.claims import claims, shown
-    from fedlearn.privacy.statement import lines, statement, unamplified
+    from fedlearn.privacy.statement import lines, statement, unamplified, whole_account
     from fedlearn.privacy.study import plan_of
     from fedlearn.privacy.what_if import alternatives, curve, draw, rounds_shown, shares
     from fedlearn.study import load_study
@@ -117,10 +115,8 @@ def plan(
                 f"{plot}: cannot be written: {error}", hint="name a .png file in a folder that exists"
             ) from None
     seeded = asked.privacy.seeded
-    answer, said = (
-        account(made.whole_cost(), made.delta, prv=prv),
-        statement(made, seeded=seeded, masked=asked.secure_aggregation.enabled),
-    )
+    said = statement(made, seeded=seeded, masked=asked.secure_aggregation.enabled)
+    answer = whole_account(made, made.rounds, made.rounds)
     notice = ON_PAPER if given else ENFORCED
     points, others, parts = curve(made, rounds_shown(made.rounds)), alternatives(made), shares(made)
     if json:
@@ -155,8 +151,6 @@ def plan(
         return
     for line in lines(said):
         print(line)
-    if prv:
-        print("  " + "; ".join(f"{shown(b.epsilon)} by {b.accountant}" for b in answer.shown))
     print()
     print_table(
         [(n, shown(e), shown(r)) for n, e, r in points], ("after round", "epsilon", "Rényi bound"), right=(1, 2)

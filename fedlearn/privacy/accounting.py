@@ -1,4 +1,4 @@
-"""Every plan under two accountants: which epsilon is reported, which is shown beside it, and what makes either a defect.
+"""Every plan under two accountants or three: which epsilon is reported, which is shown beside it, and what makes either a defect.
 
 A plan whose parameters were all fixed in advance is reported by its privacy loss distribution (dp-accounting's PLD), where there is
 one for its events; our own Rényi bound is shown beside it. PLD above Rényi, or outside the interval of Opacus' PRV accountant, cannot be
@@ -8,16 +8,13 @@ right, nor can integer noise that costs less than Gaussian noise of its size: it
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
-from fedlearn.errors import AccountingError, StudyError, UnsupportedError
+from fedlearn.errors import AccountingError, StudyError
 from fedlearn.privacy import rdp
 from fedlearn.privacy.events import (
     Cost,
@@ -85,12 +82,12 @@ class Accounted:
 
 
 def account(cost: Cost, delta: float, *, prv: bool = False) -> Accounted:
-    """Epsilon of something fixed in advance, under two accountants.
+    """Epsilon of something fixed in advance, under two accountants at least.
 
     Args:
         cost: what is done.
         delta: of the guarantee.
-        prv: ask Opacus' PRV accountant too, where it knows the events. Loading it takes seconds.
+        prv: ask Opacus' PRV accountant too, where it has an answer: see `fedlearn.privacy.prv`. For what is stated; a loop need not.
 
     Raises:
         AccountingError: two accountants contradict each other.
@@ -101,8 +98,8 @@ def account(cost: Cost, delta: float, *, prv: bool = False) -> Accounted:
     if has_pld(cost) and own.epsilon <= LARGEST_EPSILON:
         reported = Bound(Method.PLD, f"dp-accounting PLD {_version('dp-accounting')}", pld_epsilon(cost, delta))
         shown = [own]
-        if prv and leaves(cost.event):
-            shown.append(prv_bound(cost, delta))
+        if prv and (found := _prv_bound(cost, delta)) is not None:
+            shown.append(found)
     else:
         reported = own
         # Integer noise is unknown to it: Gaussian noise of that size costs next to as much, and never more.
@@ -195,35 +192,14 @@ def google_rdp_epsilon(cost: Cost, delta: float) -> float:
     return sampled
 
 
-def prv_bound(cost: Cost, delta: float) -> Bound:
-    """Opacus' PRV accountant (Gopi, Lee and Wutschitz 2021): an estimate inside an interval. For releases that have a PLD.
+def _prv_bound(cost: Cost, delta: float) -> Bound | None:
+    """Opacus' estimate inside its interval, of releases that have a PLD."""
+    from fedlearn.privacy.prv import interval
 
-    Raises:
-        UnsupportedError: Opacus is not installed.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its imports' deprecations
-            from opacus.accountants import PRVAccountant
-    except ImportError as error:
-        raise UnsupportedError(
-            f"accounting: Opacus cannot be loaded: {error}", hint="pip install 'fedlearn[privacy]'"
-        ) from None
-
-    accountant = PRVAccountant()
-    accountant.history = [
-        (leaf.noise_multiplier, 1.0, count)
-        if isinstance(leaf, Gaussian)
-        else (leaf.event.noise_multiplier, leaf.rate, count)
-        for leaf, count in leaves(cost.event).items()
-        if isinstance(leaf, Gaussian | PoissonSampled)
-    ]
-    epsilon_error, delta_error = 0.01, delta / 1000
-    with warnings.catch_warnings(), np.errstate(divide="ignore"):
-        warnings.simplefilter("ignore")  # of its own choice of domain
-        variable = accountant._get_dprv(eps_error=epsilon_error, delta_error=delta_error)  # noqa: SLF001  # the interval has no public name
-        lower, estimate, upper = variable.compute_epsilon(delta, delta_error, epsilon_error)
-    return Bound(Method.PRV, f"Opacus PRV {_version('opacus')}", float(estimate), float(lower), float(upper))
+    if not (counts := leaves(cost.event)) or (found := interval(counts, delta)) is None:
+        return None
+    lower, estimate, upper = found
+    return Bound(Method.PRV, f"Opacus PRV {_version('opacus')}", estimate, lower, upper)
 
 
 def calibrate(cost_of: Callable[[float], Cost], epsilon: float, delta: float) -> float:

@@ -94,7 +94,7 @@ def statement(
         counted = _WHOLE
     number = plan.rounds if rounds is None else rounds
     evaluated = plan.evaluations(number if committed is None else committed)
-    accounted = _account(plan, number if committed is None else committed, number)
+    accounted = whole_account(plan, number if committed is None else committed, number)
     epsilon, accountant = accounted.reported.epsilon, accounted.reported.accountant
     without = unamplified(plan, number, epsilon)
     against = [
@@ -132,6 +132,23 @@ def statement(
         "accountant": accountant,
         "other_accountants": [{"accountant": b.accountant, "epsilon": b.epsilon} for b in accounted.shown],
     }
+
+
+@lru_cache(maxsize=64)
+def whole_account(plan: PrivacyPlan, committed: int, attempts: int) -> Accounted:
+    """What a plan costs, evaluations included, under every accountant that knows its events.
+
+    Args:
+        plan: the plan.
+        committed: rounds, which evaluations follow.
+        attempts: at these rounds.
+
+    Raises:
+        AccountingError: two accountants contradict each other: nothing may be stated, hence no run begins.
+    """
+    from fedlearn.privacy.accounting import account
+
+    return account(plan.whole_cost(committed, attempts), plan.delta, prv=True)
 
 
 class Statements:
@@ -266,13 +283,6 @@ def _unamplified(plan: PrivacyPlan, rounds: int) -> float:
 
     each = Gaussian(plan.noise_multiplier / 2)  # one client replaced moves the sum by twice the clip
     return account(Cost(Repeated(each, rounds), plan.relation), plan.delta).reported.epsilon
-
-
-@lru_cache(maxsize=64)
-def _account(plan: PrivacyPlan, committed: int, attempts: int) -> Accounted:
-    from fedlearn.privacy.accounting import account
-
-    return account(plan.whole_cost(committed, attempts), plan.delta)
 
 
 def _evaluation(evaluation: Evaluation, times: int) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from fedlearn.privacy.accounting import (
     check_agreement,
     google_rdp_epsilon,
     pld_epsilon,
-    prv_bound,
     rdp_epsilon,
 )
 from fedlearn.privacy.events import (
@@ -61,9 +60,10 @@ def test_reference_epsilons(setting):
     cost = sampled(sigma, q, count)
     assert pld_epsilon(cost, delta) == pytest.approx(pld, abs=1e-3)
     assert rdp_epsilon(cost, delta) == pytest.approx(own, abs=1e-3)
-    found = prv_bound(cost, delta)
+    answer = account(cost, delta, prv=True)
+    found = next(bound for bound in answer.shown if bound.method is Method.PRV)
     assert found.upper == pytest.approx(prv, abs=1e-3)
-    assert found.lower <= pld_epsilon(cost, delta) <= found.upper
+    assert found.lower <= answer.reported.epsilon <= found.upper
 
 
 # With the conversion that papers used before 2020, epsilon = rdp + log(1/delta) / (alpha - 1): their published figures.

@@ -41,7 +41,7 @@ PLANS = {
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_private_statement_is_the_accountants_number_with_all_that_it_means(plan):
     found = statement(plan, seeded=False)
-    accounted = account(plan.cost(), plan.delta)
+    accounted = account(plan.cost(), plan.delta, prv=True)
     assert found["epsilon"] == accounted.reported.epsilon
     assert found["private"] is True
     assert (found["unit"], found["neighbours"], found["delta"]) == (plan.unit.value, plan.relation.value, plan.delta)

@@ -11,6 +11,9 @@ import pytest
 from fedlearn import events
 from fedlearn.app import load_app
 from fedlearn.arrays import digest
+from fedlearn.errors import AccountingError
+from fedlearn.privacy import prv
+from fedlearn.privacy.statement import whole_account
 from fedlearn.privacy.study import CLIP
 from fedlearn.simulation.backends import chosen
 from fedlearn.simulation.batched import BatchedBackend
@@ -143,3 +146,23 @@ def test_a_cohort_that_nobody_is_in_asks_nobody():
     assert not asked
     assert [row["clients"] for row in outcome.history] == [0, 0, 0]
     assert float(outcome.state.shared[CLIP]) != study.privacy.clip_l2, "the clip follows the noisy count all the same"
+
+
+@pytest.mark.parametrize("off", [-1.0, 1.0])
+def test_accountants_that_contradict_each_other_stop_a_run_before_its_first_round(monkeypatch, off):
+    whole_account.cache_clear()
+    right = prv.interval
+    monkeypatch.setattr(prv, "interval", lambda counts, delta: tuple(x + off for x in right(counts, delta)))
+    seen: list[events.Event] = []
+    with pytest.raises(AccountingError, match=r"dp-accounting PLD .* Opacus PRV"):
+        simulate(crowd("record"), emit=seen.append)
+    assert not any(isinstance(event, events.RoundStarted | events.PrivacyStated) for event in seen)
+
+
+def test_a_run_states_every_accountants_number():
+    stated: list[events.PrivacyStated] = []
+    simulate(crowd("record"), emit=lambda e: stated.append(e) if isinstance(e, events.PrivacyStated) else None)
+    assert len(stated) == 2, "before and after"
+    for event in stated:
+        names = [" ".join(other["accountant"].split()[:2]) for other in event.statement["other_accountants"]]
+        assert names == ["fedlearn RDP", "Opacus PRV"]
