@@ -18,6 +18,7 @@ from fedlearn.privacy.budget import EpsilonCharger, spent_epsilon
 from fedlearn.privacy.claims import shown
 from fedlearn.privacy.events import Cost
 from fedlearn.privacy.ledger_file import LEDGER_FILE, charges_of, read_records, verify_ledger
+from fedlearn.privacy.ledger_head import HEAD_FILE
 from fedlearn.release.charge import Charge
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _charges(options: AgentOptions, rules: SiteRules) -> Callable[[str], Sequenc
     """What each account was charged so far, by the ledger; the agent may be running."""
     assert rules.dataset is not None
     folder = ledger_folder(options.state_dir, rules.dataset)
-    if not (folder / LEDGER_FILE).exists():
+    if not any((folder / name).exists() for name in (LEDGER_FILE, HEAD_FILE)):
         return lambda _: ()
     found = verify_ledger(folder)
     if found.problems:

@@ -66,12 +66,15 @@ def verify(
     ledger: Folder,
     head: Annotated[
         Path | None,
-        typer.Option("--head", metavar="FILE", help="A signed head kept elsewhere: the ledger must go on from it."),
+        typer.Option("--head", metavar="FILE", help="A signed head kept elsewhere: the ledger must go on from it too."),
     ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Check every hash and signature of a ledger. Exit code 12 when something is wrong."""
+    """Check every hash and signature of a ledger, and that no record is cut off. Exit code 12 when something is wrong.
+
+    What tells that records are missing at the end is the agent's own signed head (head.json beside the ledger), or one that is kept elsewhere.
+    """
     del debug
     from fedlearn.privacy.ledger_file import verify_ledger
 
@@ -83,6 +86,10 @@ def verify(
             print(f"problem: {problem}")
         whose = f" of site {found.site!r}, data set {found.data_set!r}" if found.records else " can be read"
         print(f"{found.records} records{whose}: {'not sound' if found.problems else 'sound'}")
+        if found.compared_with:
+            print(f"compared with {' and '.join(found.compared_with)}")
+        elif found.records:
+            print("no head to compare with: records cut off its end would not show (--head names one kept elsewhere)")
     return StateError.exit_code if found.problems else 0
 
 
@@ -124,7 +131,7 @@ def _head(path: Path) -> SignedHead:
 
 def _about(found: Verification) -> dict[str, Any]:
     tree = asdict(found)
-    return {**tree, "keys": list(found.keys), "problems": list(found.problems)}
+    return {**tree, **{name: list(tree[name]) for name in ("keys", "compared_with", "problems")}}
 
 
 def _account(state: AccountState) -> dict[str, Any]:

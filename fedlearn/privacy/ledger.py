@@ -6,7 +6,8 @@ from that when the file is opened again:
 torn last record    Its append never returned, so its bytes never left. It is set aside and noted; if it can still be read as a charge it is charged
                     all the same. Should it have been damaged later, the gate enters it again from its journal.
 damage elsewhere    The ledger is refused: no budget can be trusted.
-an older copy       Shorter than the head that the site signed and the server remembers: refused (`check_remembered`).
+an older copy       Shorter than a head that the site signed, which the server remembers or the site's own file beside the ledger: refused
+                    (`check_remembered`). With the file, so is a last record that was damaged after its append had returned.
 another site's      Refused, as is another data set's.
 two agents          The second is refused by the lock.
 """
@@ -37,12 +38,14 @@ from fedlearn.privacy.chain import (
     verify,
 )
 from fedlearn.privacy.events import Cost, Repeated, leaves
+from fedlearn.privacy.ledger_head import NEWEST_COPY
 from fedlearn.release.charge import Charge
 from fedlearn.release.keys import ADMISSION
 
 if TYPE_CHECKING:
     from fedlearn.privacy.budget import Budget
     from fedlearn.privacy.chain import SiteKey
+    from fedlearn.privacy.ledger_head import HeadMemory
     from fedlearn.release.keys import ReleaseKey
 
 MAX_REFUSALS_PER_RUN: Final = 200
@@ -70,9 +73,10 @@ class Ledger:
         key: signs every record; a key that is new to the ledger is noted.
         clock: of the records' times.
         set_aside: takes the bytes of a torn last record, before they are cut off.
+        head: keeps the head after each record; the ledger must go on from the one that it has.
 
     Raises:
-        StateError: the file is damaged, or belongs to another site or data set.
+        StateError: the file is damaged, does not go on from its head, or belongs to another site or data set. It is left as it was.
     """
 
     def __init__(
@@ -84,8 +88,9 @@ class Ledger:
         *,
         clock: Clock | None = None,
         set_aside: Callable[[bytes], object] | None = None,
+        head: HeadMemory | None = None,
     ) -> None:
-        self._disk, self._key = disk, key
+        self._disk, self._key, self._head = disk, key, head
         self._clock = clock if clock is not None else SystemClock()
         self.site, self.data_set = site, data_set
         self._charges: defaultdict[str, list[Charge]] = defaultdict(list)
@@ -104,6 +109,8 @@ class Ledger:
         records, torn, size = split(disk.read())
         for record in records:
             self._take(record)
+        if head is not None and (kept := head.read()) is not None:
+            self._check_own(kept)
         if torn:
             if set_aside is not None:
                 set_aside(torn)
@@ -220,11 +227,25 @@ class Ledger:
             raise StateError(
                 f"ledger head: not signed by this site for {self.data_set!r}; it says nothing about this ledger"
             )
-        if head.seq >= len(self._hashes) or self._hashes[head.seq] != head.sha256:
+        self._check_goes_on(head)
+
+    def _check_own(self, head: SignedHead) -> None:
+        """As `check_remembered`, for the head that this site keeps itself: perhaps under a key whose record is what was cut off."""
+        mine = (head.site, head.data_set) == (self.site, self.data_set)
+        if not mine or not any(
+            verify(key, head.message(), head.signature) for key in (*self._keys, public_text(self._key))
+        ):
+            raise StateError(
+                f"ledger of {self.data_set!r}: the head beside it is not signed by this site for it", hint=NEWEST_COPY
+            )
+        self._check_goes_on(head)
+
+    def _check_goes_on(self, head: SignedHead) -> None:
+        if not 0 <= head.seq < len(self._hashes) or self._hashes[head.seq] != head.sha256:
             raise StateError(
                 f"ledger of {self.data_set!r}: it has {len(self._hashes)} records, and this site has signed number {head.seq} of another "
-                "history: an old copy was put back",
-                hint="put the newest copy in place; what was spent since the copy would otherwise be forgotten",
+                "history: an old copy was put back, or records were cut off or damaged",
+                hint=NEWEST_COPY,
             )
 
     def _begin(self, torn: bytes) -> None:
@@ -252,12 +273,15 @@ class Ledger:
         try:
             self._disk.append(line)
             self._disk.sync()
+            record = read_line(line[:-1], len(self._hashes), prev)
+            if self._head is not None:
+                self._head.write(signed_head(self.site, self.data_set, record, self._key))
         except OSError as error:
             raise StateError(
                 f"ledger of {self.data_set!r}: cannot be written: {error}", hint="check the disk"
             ) from error
         self._failed = False
-        self._take(read_line(line[:-1], len(self._hashes), prev))
+        self._take(record)
 
     def _take(self, record: Record) -> None:
         """Learn what a record says."""

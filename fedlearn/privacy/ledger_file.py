@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fedlearn.clock import Clock
+from fedlearn.durable import sync_folder
 from fedlearn.errors import StateError
 from fedlearn.lock import FolderLock
 from fedlearn.privacy.budget import Budget, spent_epsilon
 from fedlearn.privacy.chain import Kind, Record, SignedHead, check_signature, verify
 from fedlearn.privacy.events import Cost
 from fedlearn.privacy.ledger import Ledger, noted_budget, split
+from fedlearn.privacy.ledger_head import HeadFile
 from fedlearn.release.charge import Charge
 
 if TYPE_CHECKING:
@@ -36,11 +38,7 @@ class FileDisk:
         self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         os.fchmod(self._file, 0o600)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
 
     def append(self, data: bytes) -> None:
         """Write at the end, all of it."""
@@ -85,7 +83,9 @@ class LedgerFolder:
         try:
             self._disk = FileDisk(folder / LEDGER_FILE)
             try:
-                self.ledger = Ledger(self._disk, site, data_set, key, clock=clock, set_aside=self._keep)
+                self.ledger = Ledger(
+                    self._disk, site, data_set, key, clock=clock, set_aside=self._keep, head=HeadFile(folder)
+                )
             except BaseException:
                 self._disk.close()
                 raise
@@ -125,6 +125,7 @@ class Verification:
         torn_bytes: after the last whole record.
         head: hash of the last whole record.
         keys: public keys that signed, in order.
+        compared_with: the heads that it was compared with, in words. Without any, records cut off the end do not show.
         problems: in words.
     """
 
@@ -134,21 +135,33 @@ class Verification:
     torn_bytes: int
     head: str
     keys: tuple[str, ...]
+    compared_with: tuple[str, ...]
     problems: tuple[str, ...]
 
 
 def verify_ledger(path: Path, remembered: SignedHead | None = None) -> Verification:
-    """Check every hash and signature, and that the ledger goes on from a head remembered elsewhere.
+    """Check every hash and signature, and that the ledger goes on from the agent's own head beside it and from one remembered elsewhere.
+
+    Args:
+        path: the ledger's folder, or its file. A copy under another name has no head beside it.
+        remembered: kept elsewhere.
 
     Raises:
         StateError: the file cannot be read, or is no ledger.
     """
     problems: list[str] = []
+    heads: dict[str, SignedHead] = {} if remembered is None else {"the remembered head": remembered}
+    if path.is_dir() or path.name == LEDGER_FILE:
+        try:  # before the ledger: the agent may be writing, and the head follows
+            if (own := HeadFile(path if path.is_dir() else path.parent).read()) is not None:
+                heads["the agent's own head"] = own
+        except StateError as error:
+            problems.append(error.message)
     data = _read(path)
     try:
         records, torn, _ = split(data)
     except StateError as error:
-        return Verification("", "", 0, 0, "", (), (error.message,))
+        return Verification("", "", 0, 0, "", (), (), (error.message,))
     keys: list[str] = []
     site = data_set = ""
     for record in records:
@@ -164,13 +177,16 @@ def verify_ledger(path: Path, remembered: SignedHead | None = None) -> Verificat
         problems.append(f"{len(torn)} bytes of a torn record at the end; the agent sets them aside when it starts")
     if not records:
         problems.append("it is empty")
-    if remembered is not None:
-        if not any(verify(key, remembered.message(), remembered.signature) for key in keys):
-            problems.append("the remembered head is not signed by this site")
-        elif remembered.seq >= len(records) or records[remembered.seq].sha256 != remembered.sha256:
-            problems.append(f"it does not go on from the remembered record {remembered.seq}: an old copy was put back")
+    for name, one in heads.items():
+        if not any(verify(key, one.message(), one.signature) for key in keys):
+            problems.append(f"{name} is not signed by this site")
+        elif not 0 <= one.seq < len(records) or records[one.seq].sha256 != one.sha256:
+            problems.append(
+                f"it does not go on from record {one.seq}, where {name} stands: records were cut off or changed, or an old copy was put back"
+            )
     head = records[-1].sha256 if records else ""
-    return Verification(site, data_set, len(records), len(torn), head, tuple(keys), tuple(problems))
+    compared = tuple(f"{name}, at record {one.seq}" for name, one in heads.items())
+    return Verification(site, data_set, len(records), len(torn), head, tuple(keys), compared, tuple(problems))
 
 
 @dataclass(frozen=True)

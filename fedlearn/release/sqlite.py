@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import xxhash
 
+from fedlearn.durable import sync_folder
 from fedlearn.errors import StateError
 from fedlearn.release.journal import Changes, check_changes
 
@@ -57,7 +58,7 @@ class SqliteJournal:
             try:
                 self._database = _open(folder / "journal.db", durable)
                 for name in (folder, folder.parent):
-                    _sync_folder(name)
+                    sync_folder(name)
                 self._sweep(self._database)
             except BaseException:
                 self.close()
@@ -92,7 +93,7 @@ class SqliteJournal:
             try:
                 rows = [(key, *self._stored(value)) for key, value in changes.items() if value is not None]
                 if self._durable and any(file is not None for _, _, file, _ in rows):
-                    _sync_folder(self._folder / "files")
+                    sync_folder(self._folder / "files")
                 database.execute("BEGIN IMMEDIATE")
                 try:
                     old = [self._file_of(database, key) for key in changes]
@@ -218,11 +219,3 @@ def _prepare(database: sqlite3.Connection, path: Path, durable: bool) -> None:
 
 def _pragma(database: sqlite3.Connection, name: str) -> Any:
     return database.execute(f"PRAGMA {name}").fetchone()[0]
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,6 +12,7 @@ from fedlearn.cli.privacy import ENFORCED, ON_PAPER
 from fedlearn.privacy.budget import Budget
 from fedlearn.privacy.events import Cost, Gaussian
 from fedlearn.privacy.ledger_file import LEDGER_FILE, LedgerFolder
+from fedlearn.privacy.ledger_head import HEAD_FILE
 from fedlearn.privacy.statement import statement
 from fedlearn.privacy.study import plan_of
 from fedlearn.release import TRAIN, Charge, ReleaseKey
@@ -306,11 +307,17 @@ def test_an_agents_state_folder_shows_every_ledger(capsys, tmp_path):
 def test_verify_tells_a_sound_ledger_from_another(capsys, folder):
     head = str(folder.parent / "head.json")
     assert main(["ledger", "verify", str(folder), "--head", head]) == 0
-    assert "4 records" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4 records" in out
+    assert "compared with the remembered head, at record 3 and the agent's own head, at record 3" in out
     file = folder / LEDGER_FILE
     whole = file.read_bytes()
     file.write_bytes(whole[: whole.rstrip(b"\n").rfind(b"\n") + 1])
+    assert main(["ledger", "verify", str(folder)]) == 12
+    assert "records were cut off" in capsys.readouterr().out
+    (folder / HEAD_FILE).unlink()
     assert main(["ledger", "verify", str(folder)]) == 0  # shorter, and whole: only a head can tell
+    assert "no head to compare with" in capsys.readouterr().out
     assert main(["ledger", "verify", str(folder), "--head", head]) == 12
     file.write_bytes(whole.replace(b"heart/record", b"heart/rekord"))
     assert main(["ledger", "verify", str(folder), "--json"]) == 12

@@ -123,3 +123,5 @@ def test_a_damaged_ledger_is_said(options):
     file = ledger_folder(options.state_dir, "hospital/heart") / "ledger.jsonl"
     file.write_bytes(file.read_bytes().replace(b"20.0", b"40.0"))
     assert not found(options, "budget").ok
+    file.unlink()
+    assert not found(options, "budget").ok

@@ -21,6 +21,7 @@ from fedlearn.privacy.chain import ClosedRun, Kind, SignedHead, public_text
 from fedlearn.privacy.events import Cost, Gaussian, Repeated
 from fedlearn.privacy.ledger import MAX_REFUSALS_PER_RUN, Ledger, split
 from fedlearn.privacy.ledger_file import LEDGER_FILE, LedgerFolder, account_states, read_records, verify_ledger
+from fedlearn.privacy.ledger_head import HeadFile
 from fedlearn.release import TRAIN, AttemptId, Charge, MemoryDisk, MemoryJournal, ReleaseKey, Reserved, SiteGate
 from fedlearn.release.keys import admission_key
 from fedlearn.release.records import Finished, Refused, SitePolicy
@@ -546,6 +547,9 @@ def test_kill_9_never_leaves_the_ledger_below_what_left(tmp_path):
             records = read_records(file) if file.exists() else []
             charged = [r.body["key"]["round"] for r in records if r.kind is Kind.CHARGE]
             assert left <= set(charged)
+            head = HeadFile(folder / "ledger").read()
+            named = records[: head.seq + 1] if head is not None else []
+            assert left <= {r.body["key"]["round"] for r in named if r.kind is Kind.CHARGE}, "a head comes first"
         left_at_all += len(left)
         overstated += len(charged) - len(left)
     assert left_at_all > KILLS / 2
