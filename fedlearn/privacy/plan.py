@@ -168,8 +168,9 @@ class PrivacyPlan:
         clipping: the bound on one unit's contribution to one release, over everything that the strategy releases jointly.
         noise_multiplier: standard deviation of the noise / clip, of all that one release says together; with a `matrix`, of all that the
             whole run says together / sensitivity.
-        delta: below 1 / `units`.
-        units: how many units there are at the least; a public number.
+        delta: below 1 / `units`, and below 1 / the clients of a round.
+        units: how many units there are at the least; a public number. Sums are divided by what it makes expected, unless there are `shares`: then
+            by the clients in them, and only delta is checked against it.
         rounds: planned.
         steps: noisy releases (DP-SGD steps) of each round; 1 at client level.
         matrix: correlates the noise of the rounds (DP-FTRL), for `Spaced` clients; None for independent noise.
@@ -210,9 +211,10 @@ class PrivacyPlan:
             )
         if not 0 < self.delta < 1:
             raise StudyError(f"privacy: delta: got {self.delta}, expected above 0 and below 1")
-        if self.delta * self.units >= 1:
+        most = self.units if self.shares is None else max(self.units, self.shares.clients)
+        if self.delta * most >= 1:
             raise StudyError(
-                f"privacy: delta: got {self.delta:g} for {self.units} units, expected less than 1/{self.units}",
+                f"privacy: delta: got {self.delta:g} for {most} units, expected less than 1/{most}",
                 hint="a delta of 1/n is met by publishing one unit at random: take 1/(10 n) or less",
             )
         if self.rounds < 1 or self.steps < 1 or self.releases > MAX_COUNT:

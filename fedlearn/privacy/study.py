@@ -134,6 +134,8 @@ def _plan(
     units = table.units
     if units is None:
         units = clients if unit is Unit.CLIENT else UNITS
+    if units is None and shares is not None:
+        units = shares.clients
     if units is None:
         raise StudyError(
             "privacy.units: missing; the data names the clients, so the study must say how many there are at the least",

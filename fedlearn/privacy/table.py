@@ -45,7 +45,7 @@ class PrivacyTable(BaseModel):
     """Of distributed: take off what more survivors than planned bring too much of, once that many are proven. A few bytes for each pair of clients."""
     units: Annotated[int, Field(ge=1, le=10**12)] | None = None
     """A public number of units: sums are divided by what it makes expected, never by the real count. Records or groups: of a client, 100 if
-    not told. Clients: how many there are at the least; `data.clients` if not told."""
+    not told. Clients: how many there are at the least; `data.clients` if not told. Of distributed only delta depends on it; the most clients of a round if not told."""
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Records and groups: each one's probability to be in a step's batch."""
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 10

@@ -40,6 +40,8 @@ LENGTHS = (1, 2, 5, 100, 401, 3_000, 40_000, 1_700_000, 10**8)
         (("secure_aggregation.clip_l2=1.0",), "clips already"),
         (("strategy.name=krum",), "not linear"),
         (("privacy.delta=0.3",), "less than 1/4"),
+        (("privacy.delta=0.3", "privacy.units=2"), "less than 1/4"),  # so many may be in one sum
+        (("privacy.delta=0.01", "privacy.units=1000"), "less than 1/1000"),
     ],
 )
 def test_what_cannot_be_claimed_is_refused_before_anything_is_trained(overrides, says):
@@ -71,6 +73,17 @@ def test_what_is_charged_is_at_least_what_a_model_of_any_size_costs(noise):
         assert (real <= most * (1 + 1e-12)).all()
 
 
+def test_nothing_but_delta_rests_on_the_number_of_clients():
+    # Sums are divided by the clients in them, and nothing is amplified: more or fewer of them change no number.
+    plans = [plan_of(noisy_study(f"privacy.units={units}", "privacy.delta=1e-3")) for units in (4, 900)]
+    assert plans[0].cost() == plans[1].cost()
+    assert noise_plan(noisy_study("privacy.units=4"), 401) == noise_plan(noisy_study("privacy.units=90"), 401)
+
+
+def test_units_may_be_left_out_where_the_clients_of_a_round_are_known():
+    assert plan_of(noisy_study("privacy.units=none", "data.clients=none")).units == 4
+
+
 def test_every_attempt_is_a_charge_and_none_is_for_the_whole_run():
     plan = plan_of(noisy_study())
     assert plan.cost(1).to_text() != plan.cost().to_text()
@@ -89,11 +102,12 @@ def test_fewer_survivors_make_every_share_larger():
 
 @pytest.mark.parametrize(("clients", "levels"), [(4, (4,)), (20, (19, 20)), (100, (93, 96, 100)), (3, ())])
 def test_where_noise_is_taken_off_again(clients, levels):
-    study = noisy_study("privacy.surplus=true", f"secure_aggregation.max_clients={clients}")
+    many = ("privacy.delta=1e-3", f"secure_aggregation.max_clients={clients}")
+    study = noisy_study("privacy.surplus=true", *many)
     shares = plan_of(study).shares
     assert shares.levels == levels
     assert noise_plan(study, 100).aggregation.surplus == levels
-    plain = plan_of(noisy_study(f"secure_aggregation.max_clients={clients}"))
+    plain = plan_of(noisy_study(*many))
     assert plan_of(study).cost() == plain.cost()
     assert (shares.excess < plain.shares.excess) == bool(levels)
 
