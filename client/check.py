@@ -65,7 +65,7 @@ def _data(options: AgentOptions) -> str:
     if options.task is None:
         return "not checked: a foreign app reads its own data"
     load_app(options.app_dir)
-    examples = load_task(options.task, {}).load(options.data)
+    examples = load_task(options.task, {}).load(options.data).whole()
     _check_delta(options, examples)
     where = "the data that ships with the task" if options.data is None else str(options.data)
     return f"{where}: {len(examples)} examples fit the schema of {options.task}"

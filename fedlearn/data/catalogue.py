@@ -139,7 +139,7 @@ def summarise(
         DataError: the data is not here, or does not fit.
     """
     task = load_task(name, options)
-    examples = task.load(source)
+    examples = task.load(source).whole()
     if partition is None and examples.client is None:
         partition = NOT_SPLIT
         rows: Mapping[str, IntArray] = {EVERYBODY: np.arange(len(examples), dtype=np.int64)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from fedlearn.data.partition import client_ids
 from fedlearn.errors import DataError
-from fedlearn.learning.task import Examples
+from fedlearn.learning.task import Examples, LeftOut
 
 SPLITS: Final = ("train", "val", "test")
 SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
@@ -42,7 +43,7 @@ def read_npz(path: Path, channels: int, classes: int, group: str = "") -> Exampl
         x uint8 (n, channels, height, width), y int64 (n,).
 
     Raises:
-        DataError: the file, an array, its shape or a label is not as expected.
+        DataError: the file, an array or its shape is not as expected. Rows whose label is not are left out.
     """
     try:
         # Opened here, because numpy takes anything that is not a zip archive for a pickle.
@@ -74,6 +75,7 @@ def read_npz(path: Path, channels: int, classes: int, group: str = "") -> Exampl
         np.concatenate([part.y for part in parts]),
         client_ids(np.concatenate(clients)) if clients else None,
         np.concatenate(groups) if groups else None,
+        _all_left_out([part.left_out for part in parts]),
     )
 
 
@@ -100,7 +102,6 @@ def _one_split(
         raise DataError(
             f"{path}: array {name}: got {labels.dtype}{list(labels.shape)}, expected integers of shape [{len(images)}]"
         )
-    _check_labels(f"{path}: array {name}", labels, classes)
     clients = arrays.get(f"{split}_clients")
     if clients is not None and (clients.shape != labels.shape or clients.dtype.kind != "U"):
         raise DataError(
@@ -112,16 +113,21 @@ def _one_split(
             f"{path}: array {split}_{group}: got {groups.dtype}{list(groups.shape)}, expected text or integers of shape [{len(images)}]"
         )
     owners = None if groups is None else groups.astype(np.str_)
-    return Examples(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64), clients, owners)
+    good = (labels >= 0) & (labels < classes)
+    x = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    found = Examples(x, np.where(good, labels, 0).astype(np.int64), clients, owners)
+    if good.all():
+        return found
+    error = DataError(
+        f"{path}: array {name}: got label {labels[~good][0]}, expected 0 to {classes - 1}",
+        hint="set the task's option classes to what the data has",
+    )
+    return replace(found.take(np.flatnonzero(good)), left_out=LeftOut(int((~good).sum()), error))
 
 
-def _check_labels(where: str, labels: npt.NDArray[Any], classes: int) -> None:
-    if len(labels) and (labels.min() < 0 or labels.max() >= classes):
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise DataError(
-            f"{where}: got label {wrong}, expected 0 to {classes - 1}",
-            hint="set the task's option classes to what the data has",
-        )
+def _all_left_out(parts: Sequence[LeftOut | None]) -> LeftOut | None:
+    some = [part for part in parts if part is not None]
+    return LeftOut(sum(part.rows for part in some), some[0].error) if some else None
 
 
 def read_folder(path: Path, class_names: Sequence[str], size: int, channels: int) -> Examples:
@@ -137,7 +143,7 @@ def read_folder(path: Path, class_names: Sequence[str], size: int, channels: int
         x uint8 (n, channels, size, size), y int64 (n,); in the order of class, then file name.
 
     Raises:
-        DataError: a folder is missing or unknown, it is empty, or an image cannot be read.
+        DataError: a folder is missing or unknown. Images that cannot be read are left out.
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; expected one with the subfolders {', '.join(class_names)}")
@@ -150,15 +156,23 @@ def read_folder(path: Path, class_names: Sequence[str], size: int, channels: int
         )
     images: list[npt.NDArray[np.uint8]] = []
     labels: list[int] = []
+    errors: list[DataError] = []
     for label, name in enumerate(class_names):
         if name not in found:
             continue
         for file in sorted(p for p in (path / name).iterdir() if p.suffix.lower() in SUFFIXES):
-            images.append(_read_image(file, size, channels))
-            labels.append(label)
-    if not images:
-        raise DataError(f"{path}: no images in its subfolders; expected files ending {', '.join(sorted(SUFFIXES))}")
-    return Examples(np.stack(images), np.array(labels, dtype=np.int64))
+            try:
+                images.append(_read_image(file, size, channels))
+                labels.append(label)
+            except DataError as error:
+                errors.append(error)
+    if not images and not errors:
+        errors.append(
+            DataError(f"{path}: no images in its subfolders; expected files ending {', '.join(sorted(SUFFIXES))}")
+        )
+    x = np.array(images, dtype=np.uint8).reshape(len(images), channels, size, size)
+    left_out = LeftOut(len(errors), errors[0]) if errors else None
+    return Examples(x, np.array(labels, dtype=np.int64), left_out=left_out)
 
 
 def _read_image(file: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:

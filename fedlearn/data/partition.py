@@ -243,15 +243,19 @@ def client_id(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name.strip().lower()).strip("-") or "client"
 
 
-def client_ids(names: npt.NDArray[np.str_]) -> npt.NDArray[np.str_]:
+def client_ids(names: npt.NDArray[np.str_], *, merge: bool = False) -> npt.NDArray[np.str_]:
     """The id of each row's client from its name; see `client_id`.
+
+    Args:
+        names: of each row.
+        merge: names that share an id are one client's: in a site's own file, where spellings differ.
 
     Raises:
         DataError: two names would share an id.
     """
     distinct, owner = np.unique(names, return_inverse=True)
     ids = [client_id(str(name)) for name in distinct]
-    if len(set(ids)) < len(ids):
+    if len(set(ids)) < len(ids) and not merge:
         twice = next(i for i in ids if ids.count(i) > 1)
         same = [str(name) for name, i in zip(distinct, ids, strict=True) if i == twice]
         raise DataError(f"client names {same} share the id {twice!r}; expected names that differ in letters or digits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from fedlearn.study import Study
 
 
+log = logging.getLogger("fedlearn.data")
+
+
 def build_population(study: Study, task: Task, source: Path | None = None) -> Population:
     """All clients of a study, from one file or from the data that ships with the task.
 
@@ -38,6 +42,7 @@ def build_population(study: Study, task: Task, source: Path | None = None) -> Po
         UnsupportedError: the task cannot protect what the plan protects.
     """
     task, examples = _read(study, task, source)
+    examples.whole()
     split = study.data
     rows = make_partition(examples, split.partition, split.clients, study.seed, split.options)
     population = _population(study, task, examples, rows)
@@ -53,6 +58,9 @@ def site_population(study: Study, task: Task, client_id: str, source: Path | Non
     A file that names clients (a hospital column, say) must hold rows of `client_id`, and only those are used; in a file
     that names none, every row is this client's. Without a file, the client's share of the data that ships with the task
     is used: a rehearsal.
+
+    Under a privacy plan rows that do not fit the schema are left out, and it is no error that none are left: a failure that depends on the
+    rows would tell of them. This site's log says how many fit.
 
     Raises:
         DataError: the file is missing, does not fit the schema, or holds no row of this client; or as in `build_population`.
@@ -70,14 +78,20 @@ def site_population(study: Study, task: Task, client_id: str, source: Path | Non
     rows = np.arange(len(examples), dtype=np.int64)
     if examples.client is not None:
         rows = np.flatnonzero(examples.client == client_id).astype(np.int64)
-        if not len(rows):
+    if study.privacy is not None:
+        said = f": {examples.left_out.error.message}" if examples.left_out is not None else ""
+        level = logging.WARNING if said or not len(rows) else logging.INFO
+        log.log(level, "%s: %d rows of %r fit%s", source, len(rows), client_id, said)
+    else:
+        examples.whole()
+        if examples.client is not None and not len(rows):
             named = sorted({str(c) for c in examples.client})
             raise DataError(
                 f"{source}: no rows of client {client_id!r}; the file holds {', '.join(named[:8])}",
                 hint="start the client with one of these names, or leave the client column out of the file",
             )
-    if not len(rows):
-        raise DataError(f"{source}: no rows; expected at least one example")
+        if not len(rows):
+            raise DataError(f"{source}: no rows; expected at least one example")
     return _population(study, task, examples, {client_id: rows})
 
 

@@ -40,6 +40,19 @@ _ENTRY_BYTES: Final = 1_000
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Rows that do not fit a task's schema.
+
+    Args:
+        rows: how many.
+        error: what is wrong with the first. It quotes the data.
+    """
+
+    rows: int
+    error: DataError = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Examples:
     """Raw examples as they were read.
 
@@ -49,12 +62,14 @@ class Examples:
         client: the natural client of each row (hospital, bank, user), shape (n,), or None where the data names none.
         groups: whose each row is (a patient, an account), text, shape (n,), empty where a row does not say; None where nobody asked, or the
             data does not say.
+        left_out: rows of the source that do not fit the schema and are not here; None where all fit.
     """
 
     x: npt.NDArray[Any]
     y: npt.NDArray[Any]
     client: npt.NDArray[np.str_] | None = None
     groups: npt.NDArray[np.str_] | None = field(default=None, repr=False)
+    left_out: LeftOut | None = None
 
     def __post_init__(self) -> None:
         ids = {"client ids": self.client, "group ids": self.groups}
@@ -70,6 +85,16 @@ class Examples:
         """The named rows, in that order."""
         client, groups = (None if ids is None else ids[rows] for ids in (self.client, self.groups))
         return Examples(self.x[rows], self.y[rows], client, groups)
+
+    def whole(self) -> Examples:
+        """The same, where nothing had to be left out.
+
+        Raises:
+            DataError: of the first row that does not fit.
+        """
+        if self.left_out is not None:
+            raise self.left_out.error
+        return self
 
 
 @dataclass(frozen=True)
@@ -151,11 +176,15 @@ class Task(ABC):
     def load(self, source: Path | None = None) -> Examples:
         """Read raw examples.
 
+        A row that does not fit is not there, and `Examples.left_out` says so. Whoever needs all of them refuses (`Examples.whole`); under a
+        privacy plan a site goes on without it. Were it to fail, a server could ask for one reading of the data after another, and learn of
+        single rows from what fails, which no budget pays for.
+
         Args:
             source: a site's own file or folder; None for the data that ships with, or is installed beside, fedlearn.
 
         Raises:
-            DataError: the file is missing or does not fit the schema; the message names the column or array.
+            DataError: the file is missing, or as a whole not what the schema says; the message names the column or array.
         """
 
     @abstractmethod

@@ -83,7 +83,7 @@ def _sample(model: TrainedModel, data: Path | None) -> Any:
     """A few prepared rows."""
     task = model.task
     try:
-        examples = load_rows(task, data)[0] if data is not None else task.load(None)
+        examples = load_rows(task, data)[0] if data is not None else task.load(None).whole()
     except DataError as error:
         hint = (
             error.hint if data is not None else "name a file of the task with --data: the export is checked on its rows"

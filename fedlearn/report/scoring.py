@@ -160,7 +160,7 @@ def load_rows(task: Task, path: Path) -> tuple[Examples, bool]:
     """
     with _labelled(path, task.label_stand_in) as (readable, labelled):
         try:
-            return task.load(readable), labelled
+            return task.load(readable).whole(), labelled
         except DataError as error:
             message = error.message.replace(str(readable), str(path))
             raise DataError(message, hint=error.hint) from None

@@ -168,7 +168,7 @@ def _examples(
         payments = replace(payments, terminal=pairs.reshape(-1).astype(np.int64))
     fraud = payments.scenario > 0
     order = np.argsort(payments.bank, kind="stable")
-    parts = []
+    parts = [np.empty((0, 1 + len(FEATURE_NAMES)))]
     for bank in np.unique(payments.bank):
         mine = np.flatnonzero(payments.bank == bank)
         own = Transactions(*(getattr(payments, name)[mine] for name in Transactions.__dataclass_fields__))
@@ -181,18 +181,22 @@ def _examples(
 def _own_payments(path: Path, *, apart: bool) -> Examples:
     table = read_table(path, COLUMNS, keep_others=True)
     time_s = table.numbers("time_s", low=0, high=1e12, required=True).astype(np.int64)
-    order = np.argsort(time_s, kind="stable")
-    banks = client_ids(table.text("bank")) if "bank" in table else None
+    customer, terminal = table.text(CUSTOMER), table.text("terminal")
+    amount = table.numbers("amount", low=0, high=1e12, required=True)
+    fraud = table.codes("fraud", ("0", "1"), required=True).astype(np.int64)
+    banks = client_ids(table.text("bank"), merge=True) if "bank" in table else None
     names, bank = np.unique(banks, return_inverse=True) if banks is not None else (None, np.zeros(len(table), np.int64))
+    fits = table.fits  # one payment more or less changes others' features: what does not fit goes first
+    order = fits[np.argsort(time_s[fits], kind="stable")]
     payments = Transactions(
         time_s=time_s[order],
-        customer=np.unique(table.text("customer"), return_inverse=True)[1][order],
-        terminal=np.unique(table.text("terminal"), return_inverse=True)[1][order],
-        amount=table.numbers("amount", low=0, high=1e12, required=True)[order],
-        scenario=table.codes("fraud", ("0", "1"), required=True).astype(np.int64)[order],
+        customer=np.unique(customer, return_inverse=True)[1][order],
+        terminal=np.unique(terminal, return_inverse=True)[1][order],
+        amount=amount[order],
+        scenario=fraud[order],
         bank=bank[order],
     )
-    return _examples(payments, table.text(CUSTOMER)[order], names, apart=apart)
+    return replace(_examples(payments, customer[order], names, apart=apart), left_out=table.left_out)
 
 
 TASK = FraudTask

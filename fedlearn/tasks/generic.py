@@ -136,14 +136,14 @@ class TabularTask(Task):
         else:
             y = table.numbers(self.label, required=True).astype(np.float32)
         groups = np.array(table.columns[self.group], dtype=np.str_) if self.group and self.group in table else None
-        return Examples(np.stack(columns, axis=1), y, self._clients(table, from_site=source is not None), groups)
+        return table.examples(np.stack(columns, axis=1), y, self._clients(table, from_site=source is not None), groups)
 
     def _clients(self, table: Table, *, from_site: bool) -> npt.NDArray[np.str_] | None:
         if not self.client or (from_site and self.client not in table):
             return None
         if self.client not in table:
             raise DataError(f"{table.path}: missing column {self.client!r}, the study's client column")
-        return client_ids(table.text(self.client))
+        return client_ids(table.text(self.client), merge=from_site)
 
     def prepare(self, train: Examples, test: Examples) -> ClientData:
         columns = [self._scaling(train.x[:, i], column) for i, column in enumerate(self.features)]

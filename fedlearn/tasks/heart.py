@@ -28,7 +28,7 @@ from fedlearn.data.partition import client_ids
 from fedlearn.data.tables import Table, read_table
 from fedlearn.errors import DataError
 from fedlearn.learning.metrics import accuracy, roc_auc
-from fedlearn.learning.task import Batch, ClientData, Examples, Task, TaskCard
+from fedlearn.learning.task import Batch, ClientData, Examples, LeftOut, Task, TaskCard
 from fedlearn.privacy.scoring import BinaryScores
 
 if TYPE_CHECKING:
@@ -158,15 +158,14 @@ class HeartTask(Task):
             hospital = table.text("dataset")
             if source is None:
                 hospital[np.array(table.columns["id"]) == MISLABELLED_ID] = "Hungary"
-            client = client_ids(hospital)
-        examples = Examples(x, y, client)
+            client = client_ids(hospital, merge=source is not None)
+        examples = table.examples(x, y, client)
         if self.variant == "flamby":
-            common = x[:, : len(COMMON)]
-            examples = examples.take(np.flatnonzero(~np.isnan(common).any(axis=1)))
-            if len(examples) == 0:
-                raise DataError(
-                    f"{path}: every row has a missing value, and the flamby variant keeps complete rows only"
-                )
+            common = examples.x[:, : len(COMMON)]
+            complete = examples.take(np.flatnonzero(~np.isnan(common).any(axis=1)))
+            none = DataError(f"{path}: every row has a missing value, and the flamby variant keeps complete rows only")
+            left_out = examples.left_out or (None if len(complete) else LeftOut(len(examples), none))
+            examples = replace(complete, left_out=left_out)
         return examples
 
     def prepare(self, train: Examples, test: Examples) -> ClientData:

@@ -20,7 +20,7 @@ from fedlearn.errors import DataError, UnsupportedError
 from fedlearn.learning.folds import time_ordered_fold
 from fedlearn.learning.metrics import accuracy
 from fedlearn.learning.rows import IntArray
-from fedlearn.learning.task import Batch, ClientData, Examples, Task, TaskCard
+from fedlearn.learning.task import Batch, ClientData, Examples, LeftOut, Task, TaskCard
 from fedlearn.privacy.scoring import ShareRight
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class KeyboardTask(Task):
 
     def load(self, source: Path | None = None) -> Examples:
         messages = chitchat() if source is None else read_messages(source)
-        x, y, users = [], [], []
+        none = np.empty((0, self.context), np.uint8)
+        x, y, users = [none], [none], [np.empty(0, np.str_)]
         for user, texts in messages.items():
             # The length in characters of messages decides; the new line after each is ours.
             if sum(map(len, texts)) < self.min_characters and source is None:
@@ -93,15 +94,17 @@ class KeyboardTask(Task):
             x.append(tokens[: count * self.context].reshape(count, self.context))
             y.append(tokens[1 : count * self.context + 1].reshape(count, self.context))
             users.append(np.full(count, user))
-        if not x or not sum(map(len, x)):
-            raise DataError(
+        left_out = None
+        if not sum(map(len, x)):
+            error = DataError(
                 f"{source or 'the data'}: no user has {self.context + 1} characters, the length of one sequence",
                 hint="use more text, or a smaller context",
             )
+            left_out = LeftOut(len(messages), error)
         nameless, owners = list(messages) == [OWN], np.concatenate(users)
         client = None if nameless or (self.by_user and source is not None) else client_ids(owners)
         groups = owners if self.by_user and not nameless else None
-        return Examples(np.concatenate(x), np.concatenate(y), client, groups)
+        return Examples(np.concatenate(x), np.concatenate(y), client, groups, left_out)
 
     def for_units(self, group: str = "") -> KeyboardTask:
         """Users, each cut into sequences by themselves. A message is no unit: one more moves the cuts of all that follow."""

@@ -55,10 +55,10 @@ def test_a_bank_with_its_own_file_computes_what_the_simulation_does(tmp_path, da
     assert np.allclose(np.sort(own.x, axis=0), np.sort(whole.x, axis=0), atol=1e-5)
     path.write_text("time_s,customer,terminal,amount,fraud\n1,a,b,-3,0\n")
     with pytest.raises(DataError, match="column 'amount', line 2: got '-3'"):
-        SMALL.load(path)
+        SMALL.load(path).whole()
     path.write_text("time_s,customer,terminal,amount,fraud\n1,a,b,3,yes\n")
     with pytest.raises(DataError, match="column 'fraud', line 2"):
-        SMALL.load(path)
+        SMALL.load(path).whole()
 
 
 def test_objectives():

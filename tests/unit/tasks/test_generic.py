@@ -122,9 +122,9 @@ def test_cells_that_do_not_fit(tmp_path):
     task = load_task("tabular/csv", OPTIONS)
     for cell, words in (("perhaps", "one of 'no', 'yes'"), ("", "an empty cell")):
         with pytest.raises(DataError, match=f"column 'sick', line 2: got .*{words}|column 'sick', line 2: got {words}"):
-            task.load(write(tmp_path, f"age,dose,ward,sick\n1,2,north,{cell}\n"))
+            task.load(write(tmp_path, f"age,dose,ward,sick\n1,2,north,{cell}\n")).whole()
     with pytest.raises(DataError, match="column 'ward', line 2: got 'west', expected one of 'north', 'south'"):
-        task.load(write(tmp_path, "age,dose,ward,sick\n1,2,west,no\n"))
+        task.load(write(tmp_path, "age,dose,ward,sick\n1,2,west,no\n")).whole()
 
 
 def npz(tmp_path, **arrays):
@@ -178,7 +178,7 @@ LABELS = np.zeros(5, dtype=np.int64)
 )
 def test_npz_of_another_layout(tmp_path, arrays, words):
     with pytest.raises(DataError) as caught:
-        load_task("image/npz", {"classes": 3, "channels": 1}).load(npz(tmp_path, **arrays))
+        load_task("image/npz", {"classes": 3, "channels": 1}).load(npz(tmp_path, **arrays)).whole()
     assert words in str(caught.value)
 
 
@@ -202,7 +202,7 @@ def test_a_folder_of_images(tmp_path):
     assert data.x[:, 0, 0, 0].tolist() == [0, 255]
     (tmp_path / "dog" / "2.png").write_text("broken")
     with pytest.raises(DataError, match=r"2\.png: cannot be read as an image"):
-        task.load(tmp_path)
+        task.load(tmp_path).whole()
     (tmp_path / "cow").mkdir()
     with pytest.raises(DataError, match="got the subfolders cat, cow, dog, expected cat, dog, owl"):
         task.load(tmp_path)
@@ -213,4 +213,4 @@ def test_a_folder_of_images(tmp_path):
 def test_folders_without_images(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(DataError, match="no images in its subfolders"):
-        load_task("image/folder", {"classes": ["cat", "dog"]}).load(tmp_path)
+        load_task("image/folder", {"classes": ["cat", "dog"]}).load(tmp_path).whole()

@@ -32,7 +32,7 @@ def test_own_medmnist_file(tmp_path):
     np.savez(path, train_images=np.zeros((4, 28, 28, 3), np.uint8), train_labels=np.array([[0], [7], [3], [1]]))
     assert BloodSmearTask(classes=8).load(path).y.tolist() == [0, 7, 3, 1]
     with pytest.raises(DataError, match="option classes"):
-        BloodSmearTask().load(path)
+        BloodSmearTask().load(path).whole()
 
 
 def test_metrics_known_answer():
