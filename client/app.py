@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -17,6 +19,8 @@ from fedlearn.errors import DataError, RemoteProtocolError
 from fedlearn.learning import messages
 from fedlearn.learning.memory import ClientMemory
 from fedlearn.learning.postprocess import apply_on_client, chain_of
+from fedlearn.learning.task import Batch, ClientData
+from fedlearn.learning.update import Update
 from fedlearn.study import Study, study_from_json
 from fedlearn.tasks import task_of
 
@@ -24,9 +28,13 @@ if TYPE_CHECKING:
     import torch
 
     from fedlearn.learning.strategy import Strategy
-    from fedlearn.learning.task import ClientData, Task
+    from fedlearn.learning.task import Task
+    from fedlearn.privacy.dpsgd import GradientEngine
 
 app = ClientApp()
+log = logging.getLogger("fedlearn.worker")
+
+NO_DATA: Final = ClientData(*[Batch(np.empty((0, 1), np.float32), np.empty(0, np.int64))] * 2)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,21 @@ class Site:
     data: ClientData
     device: str
     threads: int
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether the study protects clients as a whole: then not even that something failed here may be told."""
+        return self.study.privacy is not None and self.study.privacy.unit == "client"
+
+    @cached_property
+    def engine(self) -> GradientEngine | None:
+        """What a plan for records or groups clips with, tried once; None where the study has no such plan."""
+        from fedlearn.learning import local
+        from fedlearn.privacy.study import protects_rows
+
+        if not protects_rows(self.study):
+            return None
+        return local.gradient_engine(self.task, self.model, self.study.train, self.data.train)
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -64,11 +87,26 @@ def describe(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round of local training."""
+    request = messages.decode_request(message.content)
+    site = _site(request.study, context)
+    try:
+        update = _trained(site, request, context)
+    except Exception:
+        if not site.is_unit:
+            raise
+        log.exception("round %d: nothing was learnt here; an update of zero goes out in its place", request.round)
+        update = _nothing(site, request)
+    if site.study.secure_aggregation.enabled and not context.node_config.get(flower_masks.BY_AGENT, False):
+        masks = flower_masks.FlowerMasks(context, site.study, site.client)
+        return Message(masks.masked(request, site.strategy, update), reply_to=message)
+    return Message(messages.encode_update(update), reply_to=message)
+
+
+def _trained(site: Site, request: messages.Request, context: Context) -> Update:
+    """The update as it leaves this client but for its masks; the client's memory is in the context."""
     from fedlearn.learning import local
     from fedlearn.privacy.site import site_plan
 
-    request = messages.decode_request(message.content)
-    site = _site(request.study, context)
     memory = _read_memory(context.state)
     private = site_plan(site.study, request.round, site.client, site.data.train, rehearsal=False)
     result = local.fit(
@@ -82,15 +120,19 @@ def train(message: Message, context: Context) -> Message:
         shared=request.shared,
         state=memory.at(request.base) if site.strategy.stateful else {},
         private=private,
+        engine=site.engine,
     )
     if site.strategy.stateful:
         memory.candidates[request.round, request.attempt] = result.state
         _write_memory(context.state, memory)
-    update = apply_on_client(chain_of(site.study, request.shared), result.update)
-    if site.study.secure_aggregation.enabled and not context.node_config.get(flower_masks.BY_AGENT, False):
-        masks = flower_masks.FlowerMasks(context, site.study, site.client)
-        return Message(masks.masked(request, site.strategy, update), reply_to=message)
-    return Message(messages.encode_update(update), reply_to=message)
+    return apply_on_client(chain_of(site.study, request.shared), result.update)
+
+
+def _nothing(site: Site, request: messages.Request) -> Update:
+    """The update of a client that learnt nothing."""
+    zeros = {name: np.zeros_like(array) for name, array in request.model.items()}
+    update = Update({release.name: zeros for release in site.strategy.releases}, examples=1)
+    return apply_on_client(chain_of(site.study, request.shared), update)
 
 
 @app.query("check_in")
@@ -180,10 +222,18 @@ def _warm_site(study_json: str, client_id: str, partition_id: str, data: str, de
                 hint="start the SuperNode with --node-config 'client-id=\"NAME\"' or 'partition-id=0'",
             )
         client_id = clients[int(partition_id)]
-    population = site_population(study, task, client_id, Path(data) if data else None)
     strategy = app_of(__file__).strategy(study.strategy.name, study.strategy.options)
     most = min(study.runtime.threads, threads) if threads else study.runtime.threads
-    return Site(client_id, study, task, strategy, population.client(client_id), device, most)
+    site = Site(client_id, study, task, strategy, NO_DATA, device, most)
+    try:
+        return replace(
+            site, data=site_population(study, task, client_id, Path(data) if data else None).client(client_id)
+        )
+    except Exception:
+        if not site.is_unit:
+            raise
+        log.exception("the data cannot be read; this client takes part with updates of zero")
+        return site
 
 
 def _read_memory(state: RecordDict) -> ClientMemory:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from fedlearn import seeds
-from fedlearn.errors import UpdateError
+from fedlearn.errors import UnsupportedError, UpdateError
 from fedlearn.learning.draws import may_draw, seeded
 from fedlearn.learning.optimizers import ClientOptimizer, make_optimizer
+from fedlearn.learning.rows import IntArray
 from fedlearn.learning.strategy import MAIN, ClientStart, Strategy, Trained
 from fedlearn.learning.task import Batch, ClientData, Task, build_model
 from fedlearn.learning.update import Update
@@ -27,6 +28,7 @@ from fedlearn.privacy.study import without_clip
 if TYPE_CHECKING:
     from fedlearn.arrays import Array, Arrays
     from fedlearn.learning.strategy import Direction, Tensors
+    from fedlearn.privacy.dpsgd import GradientEngine
     from fedlearn.privacy.site import SitePlan
     from fedlearn.study import Study, TrainTable
 
@@ -99,6 +101,7 @@ def fit(
     shared: Arrays,
     state: Arrays,
     private: SitePlan | None = None,
+    engine: GradientEngine | None = None,
 ) -> FitResult:
     """Train one client for one round.
 
@@ -113,6 +116,7 @@ def fit(
         shared: what the server broadcast beside them.
         state: the client's own memory from earlier rounds.
         private: train the pass that is released by DP-SGD; all that follows from its weights is post-processing.
+        engine: its gradients', made for this model (`gradient_engine`); None makes one.
 
     Returns:
         The raw update (float arrays in the model's dtypes, on the CPU) and the client's new memory.
@@ -127,7 +131,7 @@ def fit(
         trainer = LocalTrainer(task, model, train, data.train, place, one.name)
         trainer.init(one.initial, one.direction)
         if private is not None and one.name == MAIN:
-            trainer.run_privately(private)
+            trainer.run_privately(private, engine)
         else:
             for rows in trainer.batches():
                 trainer.step(rows)
@@ -184,25 +188,24 @@ class LocalTrainer:
         self._loss_sum += float(losses.detach().sum())
         self._loss_count += len(rows)
 
-    def run_privately(self, private: SitePlan) -> None:
+    def run_privately(self, private: SitePlan, engine: GradientEngine | None = None) -> None:
         """The steps of a plan: noisy gradients of Poisson batches, each followed like any other gradient.
 
         Raises:
             UnsupportedError: a layer has no per-example gradients, or the model mixes examples.
         """
-        from fedlearn.privacy.ghost import check_apart
-
         self._model.train()
-        with torch.no_grad():
-            check_apart(lambda rows: self._losses(rows, seed=0), len(self._data))
         secret = private.chance.private
         gradients = private.gradients(
-            self._model, lambda rows: self._losses(rows, secrets.randbits(63) if secret else None), len(self._data)
+            self._model,
+            lambda rows: self.losses(rows, secrets.randbits(63) if secret else None),
+            len(self._data),
+            engine if engine is not None else gradient_engine(self._task, self._model, self._train, self._data),
         )
         for _ in range(private.plan.steps):
             self._descend(gradients.gradient())
 
-    def _losses(self, rows: np.ndarray[Any, np.dtype[np.int64]], seed: int | None) -> torch.Tensor:
+    def losses(self, rows: np.ndarray[Any, np.dtype[np.int64]], seed: int | None) -> torch.Tensor:
         """One loss an example.
 
         What layers draw must be secret where batches are: which mask a row gets depends on who is drawn before it, so under masks that are
@@ -242,6 +245,36 @@ class LocalTrainer:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return _autocast(self._device, self._train.precision)
+
+
+def gradient_engine(task: Task, model: torch.nn.Module, train: TrainTable, like: Batch) -> GradientEngine:
+    """What sums a model's clipped per-example gradients, once it was tried on rows of nobody. One serves for all rounds.
+
+    Args:
+        task: gives the loss of each example.
+        model: on the device to train on; its weights are what they are.
+        train: the precision.
+        like: the client's rows, whose shapes and dtypes are looked at, and nothing else.
+
+    Raises:
+        UnsupportedError: a layer has no per-example gradients, or the model mixes examples, or cannot be tried.
+    """
+    from fedlearn.privacy.dpsgd import engine_for
+    from fedlearn.privacy.unfit import check_apart, stand_ins
+
+    engine, nobody = engine_for(model), stand_ins(like)
+    trainer = LocalTrainer(task, model, train, nobody, Place(0, 0, ""), MAIN)
+    model.to(torch.float64 if train.precision == "float64" else torch.float32).train()
+    try:
+        with torch.no_grad():
+            check_apart(lambda rows: trainer.losses(rows, seed=0), len(nobody))
+        engine.check(lambda: trainer.losses(np.arange(len(nobody), dtype=np.int64), seed=0))
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"task {task.name!r}: its model does not run on made-up rows: {type(error).__name__}: {error}",
+            hint="under a privacy plan it is tried on numbers from 0 to 2, classes and tokens 0 and 1",
+        ) from None
+    return engine
 
 
 def batch_rows(
@@ -301,9 +334,9 @@ def evaluate_noisily(
     """Noisy sums of how the global model does on a client's test rows: `fedlearn.privacy.evaluation.noisy_sums`."""
     from fedlearn.privacy.evaluation import noisy_sums
 
-    outputs = None
-    if len(data):
-        outputs, _ = predict(task, model, study.train, data, global_model, study.evaluate.batch_size)
+    def outputs(rows: IntArray) -> Array:
+        return predict(task, model, study.train, data.take(rows), global_model, study.evaluate.batch_size)[0]
+
     return noisy_sums(study, task.scoring(), outputs, data, at, rehearsal=rehearsal)
 
 

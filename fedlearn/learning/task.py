@@ -114,6 +114,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x)
 
+    def take(self, rows: IntArray) -> Batch:
+        """The named rows, in that order."""
+        return Batch(self.x[rows], self.y[rows], None if self.groups is None else self.groups[rows])
+
     def between(self, start: int, end: int) -> Batch:
         """The rows from `start` up to, not including, `end`; views."""
         groups = None if self.groups is None else self.groups[start:end]

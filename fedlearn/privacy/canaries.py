@@ -252,6 +252,8 @@ class CanarySitePlan(SitePlan):
 
     evidence: Evidence | None = None
 
-    def gradients(self, model: nn.Module, losses: Losses, rows: int) -> DpSgd:
+    def gradients(self, model: nn.Module, losses: Losses, rows: int, engine: GradientEngine | None = None) -> DpSgd:
         assert self.evidence is not None
-        return CanaryDpSgd(model, losses, rows, self.plan, self.chance, self.evidence, groups=self.groups)
+        return CanaryDpSgd(
+            model, losses, rows, self.plan, self.chance, self.evidence, groups=self.groups, engine=engine
+        )

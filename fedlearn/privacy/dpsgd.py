@@ -17,6 +17,7 @@ from fedlearn.privacy.ghost import ClippedSum, GhostGradients, unsupported
 from fedlearn.privacy.gradient_rules import Gradients
 from fedlearn.privacy.plan import PrivacyPlan
 from fedlearn.privacy.steps import IntArray, NoisySteps, Tally
+from fedlearn.privacy.unfit import where_it_works
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,13 +32,15 @@ class GradientEngine(Protocol):
 
     def __call__(self, losses: Callable[[], torch.Tensor], clip_l2: float) -> ClippedSum: ...
 
+    def check(self, losses: Callable[[], torch.Tensor]) -> None: ...
+
 
 class DpSgd:
     """Noisy gradients of one client, one for each step of a plan.
 
     Args:
         model: trains; its parameters' order is the noise's.
-        losses: row numbers to one loss an example, shape (rows,); runs the model.
+        losses: row numbers to one loss an example, shape (rows,); runs the model. A row that raises counts as nothing.
         rows: how many there are.
         plan: a record- or group-level plan.
         chance: of batches and noise.
@@ -85,18 +88,22 @@ class DpSgd:
         """The noisy mean gradient of a fresh batch, by parameter name."""
         rows = self.draw()
         total: Gradients | None = None
-        unclipped = not_finite = 0
+        unclipped = unusable = 0
         for first in range(0, len(rows), self._part_rows):
-            part = rows[first : first + self._part_rows]
-            found = self._engine(lambda part=part: self._losses(part), self.clip_l2)  # type: ignore[misc]  # part is bound now
-            unclipped += found.unclipped
-            not_finite += found.not_finite
-            total = found.gradients if total is None else {n: g + found.gradients[n] for n, g in total.items()}
+            part, used = rows[first : first + self._part_rows], 0
+            for _, found in where_it_works(part, self._clipped):
+                unclipped += found.unclipped
+                used += found.count
+                total = found.gradients if total is None else {n: g + found.gradients[n] for n, g in total.items()}
+            unusable += len(part) - used
         if total is None:
             total = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         here = {name: total[name].detach().cpu().contiguous() for name in self._parameters}
-        self._steps.release([g.numpy() for g in here.values()], unclipped=unclipped, not_finite=not_finite)
+        self._steps.release([g.numpy() for g in here.values()], unclipped=unclipped, not_finite=unusable)
         return {name: g.to(self._parameters[name].device) for name, g in here.items()}
+
+    def _clipped(self, rows: IntArray) -> ClippedSum:
+        return self._engine(lambda: self._losses(rows), self.clip_l2)
 
 
 def engine_for(model: nn.Module) -> GradientEngine:

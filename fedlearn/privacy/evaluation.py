@@ -24,13 +24,15 @@ import numpy as np
 from fedlearn.errors import PolicyRefusedError, StudyError
 from fedlearn.privacy.events import Cost, Gaussian
 from fedlearn.privacy.study import chance_for, protects_rows
+from fedlearn.privacy.unfit import where_it_works
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
     from fedlearn.learning.backend import Scored
+    from fedlearn.learning.rows import IntArray
     from fedlearn.learning.task import Batch
     from fedlearn.privacy.scoring import Floats, Scoring
     from fedlearn.study import Study
@@ -68,7 +70,7 @@ def check_may_score(study: Study) -> None:
 def noisy_sums(
     study: Study,
     scoring: Scoring,
-    outputs: npt.NDArray[Any] | None,
+    outputs: Callable[[IntArray], npt.NDArray[Any]],
     test: Batch,
     at: tuple[int, str],
     *,
@@ -79,8 +81,9 @@ def noisy_sums(
     Args:
         study: has `evaluation_noise`.
         scoring: the task's.
-        outputs: the global model's on the test rows, shape (n, ...); None where there are none.
-        test: those rows; with groups, the unit is a group.
+        outputs: gives the global model's on some of the test rows, by number, shape (n, ...). A row on which it raises, or the scoring does,
+            counts as nothing.
+        test: the test rows; with groups, the unit is a group.
         at: round and client, of the seeded mode's noise.
         rehearsal: True in a simulation; see `fedlearn.privacy.study.is_seeded`.
 
@@ -89,8 +92,15 @@ def noisy_sums(
     """
     chance = chance_for(study, "evaluate", *at, rehearsal=rehearsal)
     sums = np.zeros(scoring.cells)
-    if outputs is not None and len(test):
-        sums = per_unit(scoring.contributions(outputs, test.y), test.groups).sum(axis=0)
+
+    def score(rows: IntArray) -> Floats:
+        return scoring.contributions(outputs(rows), test.y[rows])
+
+    contributions = np.zeros((len(test), scoring.cells))
+    for rows, found in where_it_works(np.arange(len(test), dtype=np.int64), score):
+        contributions[rows] = found
+    if len(test):
+        sums = per_unit(contributions, test.groups).sum(axis=0)
     chance.add_normal(sums, _noise(study))
     return tuple(sums.tolist())
 

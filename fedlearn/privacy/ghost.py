@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,11 +24,9 @@ from fedlearn.privacy.gradient_rules import Gradients, apply_rule, places_of, wh
 if TYPE_CHECKING:
     from torch.autograd.graph import GradientEdge
 
-    from fedlearn.privacy.steps import IntArray
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 _CHECK_TOLERANCE: Final = 1e-3  # of float32's and autocast's rounding, far below what a wrong rule gives
-_BESIDE: Final = 8  # rows that are looked at together
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,7 @@ class GhostGradients:
     Args:
         model: `torch.nn.Linear`, `Conv1d`, `Conv2d` (without groups), `Embedding`, `LayerNorm`, `GroupNorm`, and anything without parameters.
 
-    The first batch is a check as well: one example's gradient must be what one backward pass of its loss gives. It is not where weights are
-    used past their layer, or a layer is called without a batch dimension.
+    That weights are used through their layers only, `check` tells.
 
     Raises:
         UnsupportedError: a trainable parameter is of another layer, or of two; the message names it.
@@ -102,7 +98,6 @@ class GhostGradients:
 
     def __init__(self, model: nn.Module) -> None:
         refuse_mixing(model)
-        self._checked = False
         self._layers: list[_Layer] = []
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         why = unsupported(model)
@@ -124,20 +119,37 @@ class GhostGradients:
         Raises:
             UnsupportedError: the model uses its weights in a way that has no per-example gradients here; the message names them.
         """
+        return self._run(losses, clip_l2, check=False)
+
+    def check(self, losses: Callable[[], torch.Tensor]) -> None:
+        """See that one example's gradient is what one backward pass of its loss gives.
+
+        It is not where weights are used past their layer, or a layer is called without a batch dimension. Whoever calls this with people's rows
+        lets what is refused depend on them.
+
+        Args:
+            losses: as in `__call__`.
+
+        Raises:
+            UnsupportedError: it is not, or no loss is finite, so that nothing can be told; the message names the weights.
+        """
+        self._run(losses, 1.0, check=True)
+
+    def _run(self, losses: Callable[[], torch.Tensor], clip_l2: float, *, check: bool) -> ClippedSum:
         handles = [layer.module.register_forward_hook(layer.catch) for layer in self._layers]
         try:
-            loss = losses()
-        finally:
-            for handle in handles:
-                handle.remove()
-        try:
-            return self._sum(loss, clip_l2)
+            try:
+                loss = losses()
+            finally:
+                for handle in handles:
+                    handle.remove()
+            return self._sum(loss, clip_l2, check=check)
         finally:
             for layer in self._layers:
                 layer.inputs, layer.edges = [], []
 
-    def _sum(self, losses: torch.Tensor, clip_l2: float) -> ClippedSum:
-        one, truth = self._one_by_itself(losses)
+    def _sum(self, losses: torch.Tensor, clip_l2: float, *, check: bool) -> ClippedSum:
+        one, truth = self._one_by_itself(losses) if check else (0, ())
         used = [layer for layer in self._layers if layer.edges]
         edges = [edge for layer in used for edge in layer.edges]
         found = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True) if edges else ())
@@ -165,7 +177,7 @@ class GhostGradients:
                     name: sums[name] if name in sums else torch.zeros_like(p) for name, p in self._parameters.items()
                 }
 
-            if truth and bool(good[one]):
+            if check:
                 self._compare(weighted(nn.functional.one_hot(torch.tensor(one), len(losses)).to(losses)), truth)
             norms = squared.clamp_min(0).sqrt()
             factors = torch.where(good, (clip_l2 / norms).clamp(max=1.0), torch.zeros_like(norms))
@@ -174,10 +186,10 @@ class GhostGradients:
         return ClippedSum(sums, count, len(losses) - count, int(((norms <= clip_l2) & good).sum()))
 
     def _one_by_itself(self, losses: torch.Tensor) -> tuple[int, Sequence[torch.Tensor]]:
-        """An example of the first batch, and its gradients by a backward pass of its own; none when that is done."""
+        """An example, and its gradients by a backward pass of its own."""
         finite = torch.isfinite(losses.detach()).nonzero()
-        if self._checked or not len(finite):
-            return 0, ()
+        if not len(finite):
+            raise UnsupportedError("model: no loss is finite, so its gradients cannot be checked")
         one = int(finite[0])
         found = torch.autograd.grad(
             losses[one], list(self._parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True
@@ -192,13 +204,12 @@ class GhostGradients:
                     f"model: {name}: its per-example gradient is not what the layer's input and output say",
                     hint="use the weights through their layer only, called with one row for each example",
                 )
-        self._checked = True
 
 
 def refuse_mixing(model: nn.Module) -> None:
     """Refuse layers through which one example reaches another one's gradient, or a buffer: no clip bounds that, trainable or not.
 
-    Whether a `forward` mixes examples by itself only running it can tell: `check_apart`, and `model_check.check_model`.
+    Whether a `forward` mixes examples by itself only running it can tell: `unfit.check_apart`, and `model_check.check_model`.
 
     Raises:
         UnsupportedError: names the layer.
@@ -210,32 +221,6 @@ def refuse_mixing(model: nn.Module) -> None:
                 f"model: {name or 'itself'}: {type(module).__name__} {'normalises over the batch' if batch else 'keeps statistics'}: "
                 "examples are not separate",
                 hint="fedlearn check-model rewrites it",
-            )
-
-
-def check_apart(losses: Callable[[IntArray], torch.Tensor], rows: int) -> None:
-    """Refuse a model whose `forward` lets one row reach another row's loss: by whatever way, no clip of gradients bounds that.
-
-    A row's loss must be the same whichever rows are beside it. Layers that draw must draw the same at both calls.
-
-    Args:
-        losses: row numbers to one loss a row.
-        rows: how many there are; of one row nothing can be told, and there is nothing to mix.
-
-    Raises:
-        UnsupportedError: it is not the same.
-    """
-    if rows < 2:
-        return
-    places = np.arange(min(rows, _BESIDE), dtype=np.int64)
-    among = losses(places)
-    for first in (0, 1):  # every second row keeps its place, and has another beside it
-        kept = places[first::2]
-        others = np.minimum(places // 2, len(kept) - 1)
-        if not torch.allclose(among[kept], losses(kept[others])[kept], rtol=1e-4, atol=1e-6, equal_nan=True):
-            raise UnsupportedError(
-                "model: a row's loss depends on which rows are beside it: examples are not separate",
-                hint="no mean, softmax or sort over the batch; fedlearn check-model says more",
             )
 
 

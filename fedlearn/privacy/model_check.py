@@ -19,7 +19,9 @@ from fedlearn.errors import DataError, FedlearnError
 from fedlearn.privacy import ghost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+    from fedlearn.privacy.dpsgd import GradientEngine
 
 _TOLERANCE: Final = 1e-4
 
@@ -208,13 +210,14 @@ def _gradients(model: nn.Module, x: torch.Tensor, path: Path) -> list[Finding]:
         return (_run(model, x) * direction.to(x.device)).flatten(1).sum(1)
 
     try:
-        engine: Callable[[Callable[[], torch.Tensor], float], ghost.ClippedSum]
+        engine: GradientEngine
         if path is Path.FAST:
             engine = ghost.GhostGradients(model)
         else:
             from fedlearn.privacy.opacus import OpacusGradients
 
             engine = OpacusGradients(model)
+        engine.check(losses)
         summed = engine(losses, 1e30).gradients
     except (FedlearnError, RuntimeError, ValueError, AttributeError) as error:
         return [Finding("", type(model).__name__, f"per-example gradients fail: {error}", "", fatal=True)]

@@ -62,6 +62,10 @@ class OpacusGradients:
                 parameter.grad = None
             wrapped.to_standard_module()
 
+    def check(self, losses: Callable[[], torch.Tensor]) -> None:
+        """As `GhostGradients.check`; Opacus' hooks are its own to answer for, so the model is run once and no more."""
+        self(losses, 1.0)
+
     def _sum(self, losses: torch.Tensor, clip_l2: float) -> ClippedSum:
         each: Gradients = {}
         for name, parameter in self._parameters.items():

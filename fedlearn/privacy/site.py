@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedlearn.learning.task import Batch
-    from fedlearn.privacy.dpsgd import DpSgd, Losses
+    from fedlearn.privacy.dpsgd import DpSgd, GradientEngine, Losses
     from fedlearn.privacy.mechanisms import Chance
     from fedlearn.privacy.plan import PrivacyPlan
     from fedlearn.study import Study
@@ -36,11 +36,11 @@ class SitePlan:
     chance: Chance
     groups: npt.NDArray[Any] | None = field(default=None, repr=False)
 
-    def gradients(self, model: nn.Module, losses: Losses, rows: int) -> DpSgd:
+    def gradients(self, model: nn.Module, losses: Losses, rows: int, engine: GradientEngine | None = None) -> DpSgd:
         """What its steps follow; see `DpSgd`."""
         from fedlearn.privacy.dpsgd import DpSgd
 
-        return DpSgd(model, losses, rows, self.plan, self.chance, groups=self.groups)
+        return DpSgd(model, losses, rows, self.plan, self.chance, groups=self.groups, engine=engine)
 
 
 def site_plan(study: Study, round_number: int, client: str, train: Batch, *, rehearsal: bool) -> SitePlan | None:

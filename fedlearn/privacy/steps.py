@@ -85,7 +85,7 @@ class NoisySteps:
         Args:
             sums: of the batch drawn last, zeros where it was empty; float32 or float64, contiguous, in the order of the model's parameters.
             unclipped: examples whose gradient was within `clip_l2`.
-            not_finite: examples that contributed zero because a number was not finite.
+            not_finite: examples that contributed zero because a number was not finite, or something raised.
         """
         self._add_noise(sums, self.plan.sum_noise_multiplier * self.clip_l2)
         for array in sums:

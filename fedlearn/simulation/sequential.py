@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.learning.strategy import Strategy
     from fedlearn.learning.task import Batch, Population
+    from fedlearn.privacy.dpsgd import GradientEngine
     from fedlearn.privacy.site import SitePlan
     from fedlearn.study import Study
 
@@ -46,6 +47,7 @@ class SequentialBackend:
         self._study, self._population, self._strategy = study, population, strategy
         self._model = build_model(population.task, study.seed).to(device)
         self._memories = memories if memories is not None else MemoriesInRam()
+        self._engine: GradientEngine | None = None
 
     def clients(self, at_least: int = 0, timeout_s: float = 0.0) -> Sequence[str]:  # noqa: ARG002  # all are here
         return in_order(self._population.client_ids)
@@ -67,6 +69,9 @@ class SequentialBackend:
     def fit_one(self, work: Work, client: str, state: Arrays) -> local.FitResult:
         """One client's local training; raises whatever it raises."""
         data = self._population.client(client)
+        private = self.private(work, client, data.train)
+        if private is not None and self._engine is None:
+            self._engine = local.gradient_engine(self._population.task, self._model, self._study.train, data.train)
         return local.fit(
             self._population.task,
             self._model,
@@ -77,7 +82,8 @@ class SequentialBackend:
             global_model=work.model,
             shared=work.shared,
             state=state,
-            private=self.private(work, client, data.train),
+            private=private,
+            engine=self._engine,
         )
 
     def private(self, work: Work, client: str, train: Batch) -> SitePlan | None:

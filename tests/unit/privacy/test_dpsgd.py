@@ -202,11 +202,11 @@ class PastItsLayer(nn.Module):
 
 
 @pytest.mark.parametrize(("model", "name"), [(SharedPlaces, "places.weight"), (PastItsLayer, "one.weight")])
-def test_a_model_that_would_be_clipped_wrongly_is_refused_on_its_first_batch(model, name):
+def test_a_model_that_would_be_clipped_wrongly_is_refused_when_it_is_checked(model, name):
     torch.manual_seed(0)
     model, x, y = model(), torch.randn(7, 5), torch.randint(3, (7,))
     with pytest.raises(UnsupportedError, match=name):
-        GhostGradients(model)(lambda: nn.functional.cross_entropy(model(x), y, reduction="none"), 1.0)
+        GhostGradients(model).check(lambda: nn.functional.cross_entropy(model(x), y, reduction="none"))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -228,7 +228,7 @@ def test_layers_that_mix_examples_are_refused_without_parameters_too(layer):
             engine(model)
 
 
-def test_a_forward_that_mixes_examples_is_refused_on_its_first_batch():
+def test_a_forward_that_mixes_examples_is_refused_when_it_is_checked():
     torch.manual_seed(0)
     model, x, y = nn.Linear(5, 3), torch.randn(7, 5), torch.randint(3, (7,))
 
@@ -237,7 +237,9 @@ def test_a_forward_that_mixes_examples_is_refused_on_its_first_batch():
         return nn.functional.cross_entropy(out - out.mean(0), y, reduction="none")
 
     with pytest.raises(UnsupportedError, match="weight: its per-example gradient is not"):
-        GhostGradients(model)(losses, 1.0)
+        GhostGradients(model).check(losses)
+    with pytest.raises(UnsupportedError, match="no loss is finite"):
+        GhostGradients(model).check(lambda: losses() * torch.nan)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

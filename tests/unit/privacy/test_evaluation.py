@@ -64,7 +64,7 @@ def test_the_noise_is_as_large_as_it_is_charged_for():
     test = Batch(np.zeros((4, 3), np.float32), np.array([0, 1, 1, 1]))
     outputs = np.tile([0.0, 1.0], (4, 1))
     draws = np.array(
-        [noisy_sums(study, ShareRight(), outputs, test, (0, "ada"), rehearsal=False) for _ in range(3_000)]
+        [noisy_sums(study, ShareRight(), outputs.__getitem__, test, (0, "ada"), rehearsal=False) for _ in range(3_000)]
     )
     assert draws.mean(axis=0) == pytest.approx([3, 1], abs=5 * 3 / 3_000**0.5)
     assert draws.std(axis=0) == pytest.approx([3, 3], rel=0.07)
@@ -74,7 +74,7 @@ def test_the_noise_is_as_large_as_it_is_charged_for():
 def test_a_site_without_test_rows_answers_too():
     study = tiny_study(*CHARGED)
     nothing = Batch(np.zeros((0, 3), np.float32), np.zeros(0, np.int64))
-    answer = noisy_sums(study, ShareRight(), None, nothing, (1, "ada"), rehearsal=False)
+    answer = noisy_sums(study, ShareRight(), pytest.fail, nothing, (1, "ada"), rehearsal=False)
     assert len(answer) == 2
     assert any(answer)
 
