@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 MOST_FAILURES: Final = 16
-"""A study's options may make this site's work fail or not as its data have it: a server that could ask for ever could read them out."""
+"""What single rows hold fails nothing. What else a study's options can make fail (a column that is not there) tells of the file, and not for ever."""
 
 
 class Site:
