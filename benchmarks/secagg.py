@@ -224,7 +224,7 @@ def our_client(n: int, length: int, ring_bits: int) -> tuple[dict[str, float], i
     for name, client in party.clients.items():
         if name != first:
             client.receive(delivered[name])
-            party.server.receive(name, client.mask(zeros))
+            party.server.receive(name, client.mask(zeros.copy()))
     survivors = party.close()
     spent["open"] = cpu(lambda: answer.append(probe.receive(survivors[first])))
     return spent, len(to_bytes(masked[0]))

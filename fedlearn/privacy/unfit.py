@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
-import torch
 
 from fedlearn.errors import UnsupportedError
 from fedlearn.learning.task import Batch
 
 if TYPE_CHECKING:
+    import torch
+
     from fedlearn.learning.rows import IntArray
 
 log = logging.getLogger("fedlearn.privacy")
@@ -85,6 +86,8 @@ def check_apart(losses: Callable[[IntArray], torch.Tensor], rows: int) -> None:
     Raises:
         UnsupportedError: it is not the same.
     """
+    import torch  # not above: a site's agent reads this file, and never runs a model
+
     places = np.arange(rows, dtype=np.int64)
     among = losses(places)
     for first in (0, 1):  # every second row keeps its place, and has another beside it

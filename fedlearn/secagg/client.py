@@ -191,7 +191,7 @@ class ClientRound:
         """The update under its masks. Once only: what is sent is stored by the caller, and sent again as it is.
 
         Args:
-            vector: ring elements from `Encoding.encode`, shape (coordinates,); left as it is.
+            vector: ring elements from `Encoding.encode`, shape (coordinates,); masked where it is, and not the caller's any more.
             threads: how many may work.
         """
         self._expect(ClientState.READY)
@@ -204,12 +204,11 @@ class ClientRound:
         for other in members_of(self._sharers & self._neighbours):
             shared = secret_of(self._members[other].mask_key)
             (plus if other > me else minus).append(derive(shared, self._transcript.pair_mask(me, other)))
-        masked = vector.copy()
-        apply_masks(masked, plus, minus, suite=self._suite, threads=threads)
+        apply_masks(vector, plus, minus, suite=self._suite, threads=threads)
         signature = self._sign(self._transcript.inclusion(me, self._sharers, len(self._members)))
         self._drop("_mask_key", "_seed", "_surplus")
         self._state = ClientState.MASKED
-        return Masked(signature, pack(masked, encoding.ring_bits))
+        return Masked(signature, pack(vector, encoding.ring_bits))
 
     def skip_masking(self) -> None:
         """The vector was masked and sent by this client in another process: go on to where the survivors are taken."""

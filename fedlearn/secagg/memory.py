@@ -37,7 +37,7 @@ def run_in_memory(
 
     def answer(name: str, message: FromServer) -> FromClient | None:
         reply = clients[name].receive(message)
-        return clients[name].mask(vectors[name]) if isinstance(message, Delivery) else reply
+        return clients[name].mask(vectors[name].copy()) if isinstance(message, Delivery) else reply
 
     def send(name: str, message: FromClient | None) -> None:
         if message is not None and arrives(server.stage, name):

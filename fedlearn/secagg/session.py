@@ -132,7 +132,7 @@ class MaskingSession:
             at: the attempt.
             subject: what this client has trained with; see `expect`.
             delivery: what the server says.
-            vector: ring elements.
+            vector: ring elements; not the caller's any more.
             threads: how many may work.
 
         Raises:

@@ -112,7 +112,7 @@ class World:
 
     def answer(self, name: str, message: Any) -> Any:
         reply = self.clients[name].receive(message)
-        return self.clients[name].mask(self.vectors[name]) if reply is None else reply
+        return self.clients[name].mask(self.vectors[name].copy()) if reply is None else reply
 
     def delivered(self) -> World:
         """Shares came; `out` holds the deliveries."""

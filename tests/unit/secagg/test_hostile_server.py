@@ -709,6 +709,6 @@ def test_the_same_message_again_gets_the_same_answer_at_every_stage():
         again = {name: world.clients[name].receive(message) for name, message in world.out.items()}
         assert first == again
         for name, reply in first.items():
-            world.server.receive(name, reply or world.clients[name].mask(world.vectors[name]))
+            world.server.receive(name, reply or world.clients[name].mask(world.vectors[name].copy()))
         world.out = world.server.close()
     assert [*world.server.total.integers.tolist()] == world.expected(world.clients)[:-1]

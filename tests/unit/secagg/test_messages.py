@@ -51,6 +51,13 @@ def test_no_repr_shows_shares_or_vectors():
                 assert repr(one)[2:12] not in text
 
 
+@given(st.binary(min_size=1, max_size=300), st.integers(1, 70_000))
+def test_a_masked_vector_has_the_bytes_that_protobuf_makes(signature, size):
+    vector = bytes(range(256)) * (size // 256) + bytes(range(size % 256))
+    whole = envelope(masked=lambda target: (setattr(target, "signature", signature), setattr(target, "vector", vector)))
+    assert to_bytes(Masked(signature, vector)) == whole
+
+
 @given(st.sampled_from(ALL), st.data())
 def test_bytes_from_anybody_end_in_a_message_or_in_a_named_error(message, data):
     good = to_bytes(message)
