@@ -10,7 +10,8 @@ from flwr.app import RecordDict
 
 from client import records
 from fedlearn.errors import PolicyRefusedError
-from fedlearn.release.records import Finished, InProgress, Refused, Reserved
+from fedlearn.release.keys import EVALUATE
+from fedlearn.release.records import Finished, InProgress, Refusal, Refused, Reserved
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -59,7 +60,7 @@ class Outbox:
                 log.info("%s: sent again, %d bytes, computed once", key.at, len(answer.payload))
                 self._computing.pop(key).set()
                 return answer.payload
-            content, state = await compute(_granted(answer))
+            content, state = await compute(_granted(key, answer))
         except BaseException:
             # Nothing was committed, so nothing can have left: the reservation goes back. Not awaited: this may be a cancellation.
             self._go_on(self._given_back(key))
@@ -77,7 +78,7 @@ class Outbox:
             raise
         self._computing.pop(key).set()
         if isinstance(finished, Refused):
-            raise refusal(finished)
+            raise refusal(finished, key.exchange)
         log.info("run %s, %s: %s of %d bytes committed and released", key.run, key.at, key.exchange, len(payload))
         return finished.payload
 
@@ -106,13 +107,16 @@ async def no_work(_reserved: Reserved) -> tuple[RecordDict, bytes | None]:
     return RecordDict(), None
 
 
-def _granted(answer: Reserved | InProgress | Refused) -> Reserved:
+def _granted(key: ReleaseKey, answer: Reserved | InProgress | Refused) -> Reserved:
     if isinstance(answer, Refused):
-        raise refusal(answer)
+        raise refusal(answer, key.exchange)
     assert isinstance(answer, Reserved), "whoever asks again waits for the first, and does not come here"
     return answer
 
 
-def refusal(refused: Refused) -> PolicyRefusedError:
-    """What the server is told of the gate's no."""
-    return PolicyRefusedError(f"gate: {refused.reason.value}: {refused.message}")
+def refusal(refused: Refused, exchange: str) -> PolicyRefusedError:
+    """What the server is told of the gate's no to an exchange."""
+    error = PolicyRefusedError(f"{refused.reason.value}: {refused.message}", hint=refused.hint)
+    # Who cannot pay for an evaluation may still pay for an update.
+    error.permanent = refused.reason.permanent and not (refused.reason is Refusal.BUDGET and exchange == EVALUATE)
+    return error

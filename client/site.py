@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from flwr.app import Message, RecordDict
@@ -21,7 +24,7 @@ from fedlearn.release.keys import AGREE, EVALUATE, TRAIN, UNMASK, AttemptId, Rel
 from fedlearn.release.records import Finished, InProgress, Refused, Reserved
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from client.accounts import Accounts
     from client.crew import Crew
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from fedlearn.release.site import SiteGate
     from fedlearn.study import Study
 
+log = logging.getLogger("fedlearn.client")
 
 MOST_FAILURES: Final = 16
 """What single rows hold fails nothing. What else a study's options can make fail (a column that is not there) tells of the file, and not for ever."""
@@ -76,11 +80,30 @@ class Site:
         heads = take_heads(message.content)
         request = messages.decode_facts(message.content)
         messages.check_type(request.exchange, message.metadata.message_type)
-        study = self._rules.admit(request)
+        with _for_good():
+            study = self._rules.admit(request)
+            masks = self._masks(study)
+            if study.privacy is not None:
+                await self._check_accounts(heads)
         _check_asked(request, study)
-        masks = self._masks(study)
         if study.privacy is None:
             return await self._answer(message, request, masks)
+        assert self._accounts is not None
+        account = self._rules.account(study.privacy)
+        try:
+            with _for_good():
+                # In a thread: the first time, a plan's noise is searched for.
+                guard = await asyncio.to_thread(guard_of, request.study, account)
+            reply = await self._answer(message, request, masks, guard)
+        except FedlearnError:
+            raise
+        except Exception as error:
+            raise self._withheld(request.run, error) from None
+        put_heads(reply.content, [await self._outbox.at_gate(self._accounts.head)])
+        return reply
+
+    async def _check_accounts(self, heads: Sequence[str]) -> None:
+        """Whether this site answers private studies at all."""
         if self._accounts is None:
             raise PolicyRefusedError(
                 "policy: this site keeps no ledger, so it takes part in no study with a privacy plan"
@@ -91,17 +114,6 @@ class Site:
                 hint="its operator finds the reasons in its log, and starts it again",
             )
         await self._outbox.at_gate(self._accounts.check, heads)
-        account = self._rules.account(study.privacy)
-        try:
-            # In a thread: the first time, a plan's noise is searched for.
-            guard = await asyncio.to_thread(guard_of, request.study, account)
-            reply = await self._answer(message, request, masks, guard)
-        except FedlearnError:
-            raise
-        except Exception as error:
-            raise self._withheld(request.run, error) from None
-        put_heads(reply.content, [await self._outbox.at_gate(self._accounts.head)])
-        return reply
 
     def _masks(self, study: Study) -> Masks | None:
         """How this study's updates are masked here; None where it does not ask for it."""
@@ -120,6 +132,8 @@ class Site:
             content = records.unpack(await self._train(message, request, masks, guard))
             if masks is not None:
                 content = messages.with_entry(content, await asyncio.to_thread(masks.next_check_in, request))
+            if guard is not None and await self._outbox.at_gate(self._was_last, request, guard):
+                content = messages.with_last(content)
             return Message(content, reply_to=message)
         if guard is not None:
             if request.exchange is Exchange.EVALUATE:
@@ -144,7 +158,7 @@ class Site:
             at = AttemptId(request.round, request.attempt)
             refused = None if _noisy(guard) else await self._outbox.at_gate(self._gate.reopened, request.run, at)
             if refused is not None:  # as its update would be, so that nobody counts on it
-                raise refusal(refused)
+                raise refusal(refused, request.exchange)
             return await asyncio.to_thread(masks.answer, request)
 
         base = None if request.base is None else AttemptId(*request.base)
@@ -169,7 +183,7 @@ class Site:
             raise PolicyRefusedError(f"plan: {request.exchange.value} has no place in a study with a privacy plan")
         take_part = self._gate.foresee if guard.admission is None else self._gate.admit
         if (refused := await self._outbox.at_gate(take_part, request.run, guard.first())) is not None:
-            raise refusal(refused)
+            raise refusal(refused, request.exchange)
         reply, _ = await self._compute(message, request.run, None, guard)
         return guard.description(reply.content, str(self._node_config["client-id"]))
 
@@ -221,8 +235,21 @@ class Site:
         charge = guard.charge(request)
         guard.check_turn(request, {r.key.round for r in self._gate.releases(request.run) if r.key.exchange == TRAIN})
         if guard.admission is not None and (refused := self._gate.admit(request.run, guard.admission)) is not None:
-            raise refusal(refused)
+            raise refusal(refused, request.exchange)
         return charge
+
+    def _was_last(self, request: Request, guard: Guard) -> bool:
+        """Whether the budget has no room for another update of this run, which the server is told before it makes others train for one more round.
+
+        What is left of a budget follows from what was asked, never from the data.
+        """
+        if request.round >= guard.plan.rounds:
+            return False
+        charge = guard.charge(replace(request, round=request.round + 1, attempt=1))
+        last = charge is not None and not self._gate.fits(charge)
+        if last:
+            log.info("run %s: the budget has no room for an update after round %d's", request.run, request.round)
+        return last
 
     async def _compute(
         self, message: Message, run: str, state: bytes | None, guard: Guard | None
@@ -243,8 +270,18 @@ class Site:
     def _settled_state(self, request: Request) -> bytes | None:
         base = None if request.base is None else AttemptId(*request.base)
         if (refused := self._gate.settle(request.run, base)) is not None:
-            raise refusal(refused)
+            raise refusal(refused, request.exchange)
         return self._gate.state(request.run)
+
+
+@contextmanager
+def _for_good() -> Iterator[None]:
+    """Around what depends on the study, the policy and the state of this process alone: who is refused here is refused all of the run."""
+    try:
+        yield
+    except FedlearnError as error:
+        error.permanent = True
+        raise
 
 
 def _check_asked(request: Request, study: Study) -> None:

@@ -15,10 +15,13 @@ class FedlearnError(Exception):
     Args:
         message: what was got and what was expected, in one or two sentences.
         hint: what the reader can do about it; shown on a line of its own.
+
+    `permanent` is set by a site where it would answer whatever else the same run asks in the same way: its error reply carries the mark.
     """
 
     exit_code: ClassVar[int] = 1
     kind: ClassVar[str] = "error"
+    permanent: bool = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -100,7 +103,7 @@ class PolicyRefusedError(FedlearnError):
 
 
 class RunFailedError(FedlearnError):
-    """A run ended without a model: too few clients, or every attempt was void."""
+    """A run ended before its last round: too few clients, or every attempt at one was void."""
 
     exit_code = 11
     kind = "run"

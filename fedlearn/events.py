@@ -87,7 +87,8 @@ class ClientFinished(Event):
 class ClientDropped(Event):
     """A client's update did not enter the sum: it vanished, refused, crashed, or what it sent was rejected.
 
-    `virtual` is True where it vanished, or came too late, in a simulated environment only.
+    `virtual` is True where it vanished, or came too late, in a simulated environment only; `refused` where it said that it will answer
+    nothing more of the run, in which it is asked nothing more then.
     """
 
     run: str
@@ -95,6 +96,27 @@ class ClientDropped(Event):
     client: str
     reason: str
     virtual: bool = False
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class ClientRefused(Event):
+    """A client that is connected does not take part: from the start, or from here on. `final` where it says so for the whole run."""
+
+    run: str
+    client: str
+    reason: str
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class RunWaiting(Event):
+    """Too few clients take part to go on: `here` do, `needed` must; `left_s` seconds are left for the others to come."""
+
+    run: str
+    here: int
+    needed: int
+    left_s: float
 
 
 @dataclass(frozen=True)
@@ -170,10 +192,11 @@ class RunStopped(Event):
 
 @dataclass(frozen=True)
 class RunFailed(Event):
-    """The run ended without a model, for a reason."""
+    """The run ended before its last round, for a reason. `hint` says what can be done about it."""
 
     run: str
     reason: str
+    hint: str = ""
 
 
 Emit = Callable[[Event], None]

@@ -166,7 +166,7 @@ class RuntimeTable(_Table):
     wait_s: Annotated[float, Field(gt=0)] = 600.0
     """How long a run waits for its clients to connect."""
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
-    """How often a void round is tried before the run fails."""
+    """How often a void round is tried before the run fails. Where a site that is needed refuses the rest of the run, it fails at once."""
 
 
 class Study(_Table):

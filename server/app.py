@@ -66,6 +66,7 @@ def main(grid: Grid, context: Context) -> None:
         RequestEncoder(run, study.to_json(), own.digest),
         client_name=runtime.client_name if runtime is not None else None,
         heads=runtime.heads if runtime is not None else None,
+        emit=runtime.emit if runtime is not None else _log_event,
     )
     strategy = own.strategy(study.strategy.name, study.strategy.options)
     initial = initial_weights(task, study)

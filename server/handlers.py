@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fedlearn import events
 from fedlearn.errors import StateError
+from fedlearn.learning.checkpoint import checkpoint_key, model_in
 from fedlearn.link.control import ModelFile, RunDetail, RunSummary
 from fedlearn.link.tls import Identity, Role
 from server.history import committed_rounds
-from server.records import RunRow
-from server.redaction import event_for_site, hides_cohorts, row_for_site
+from server.records import RunRow, RunStatus
+from server.redaction import UNTOLD, event_for_site, hides_cohorts, row_for_site
 from server.run_state import RunJournal
 
 if TYPE_CHECKING:
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
     from server.store import Store
 
 MODEL_FILE: Final = "model.safetensors"
-EDGE: Final = 8
-"""Events at a run's beginning, and at its end, among which is what is said once."""
+MOST_REFUSED: Final = 100
+"""Clients whose refusals are shown of one run."""
 STOP_WAIT_S: Final = 5.0
 """How long an answer to `stop` waits for the round to end, so that it can say what became of the run."""
+_ENDED_EARLY: Final = (RunStatus.STOPPED, RunStatus.FAILED)
+"""What such a run committed is paid for, and is its model."""
 
 
 class Handlers:
@@ -90,36 +93,53 @@ class Handlers:
         return caller.role is not Role.OPERATOR and hides_cohorts(self._privacy(run))
 
     def _detail(self, caller: Identity, row: RunRow) -> dict[str, Any]:
-        first = self._store.events(row.run, 0, limit=EDGE)
-        started = next((e for _, line in first if isinstance(e := events.from_json(line)[0], events.RunStarted)), None)
+        started = next(self._found(row.run, "RunStarted", limit=1), None)
         rows, hidden = committed_rounds(RunJournal(self._store, row.run), row.run), self._hides(caller, row.run)
         return {
             "study": row.study,
             "overrides": list(row.overrides),
             "submitter": row.submitter,
-            "reason": row.reason,
+            "reason": UNTOLD if hidden and row.reason else row.reason,
             "ended_at": row.ended_at,
             "stop_asked": row.stop_asked,
-            "metric": started.metric if started else None,
+            "metric": started.metric if isinstance(started, events.RunStarted) else None,
             "privacy": self._privacy(row.run),
+            "refused": {} if hidden else self._refused(row.run),
             "clients": [] if hidden else sorted(self._store.participants(row.run)),
             "history": [row_for_site(one) for one in rows] if hidden else rows,
         }
 
     def _privacy(self, run: str) -> dict[str, Any] | None:
         """What the run said last of its privacy: its cost, once it has ended, else its promise."""
-        for start in (max(0, self._store.next_event(run) - EDGE), 0):
-            for _, line in reversed(self._store.events(run, start, limit=EDGE)):
-                if isinstance(event := events.from_json(line)[0], events.PrivacyStated):
-                    return dict(event.statement)
-        return None
+        found = next(self._found(run, "PrivacyStated", newest=True, limit=1), None)
+        return dict(found.statement) if isinstance(found, events.PrivacyStated) else None
+
+    def _refused(self, run: str) -> dict[str, str]:
+        """Who would not take part, or not any more, and why: the last word of each."""
+        refused: dict[str, str] = {}
+        for event in self._found(run, "ClientRefused", limit=MOST_REFUSED):
+            if isinstance(event, events.ClientRefused):
+                refused[event.client] = event.reason
+        for event in self._found(run, "ClientDropped", having='"refused":true', limit=MOST_REFUSED):
+            if isinstance(event, events.ClientDropped):
+                refused[event.client] = event.reason
+        return refused
+
+    def _found(
+        self, run: str, kind: str, *, limit: int, having: str = "", newest: bool = False
+    ) -> Iterator[events.Event]:
+        for line in self._store.events_of(run, kind, limit=limit, having=having, newest=newest):
+            yield events.from_json(line)[0]
 
     def _export(self, row: RunRow, path: Path) -> None:
         data = self._store.load_model(row.run)
+        if data is None and row.status in _ENDED_EARLY:
+            state = RunJournal(self._store, row.run).get(checkpoint_key(row.run))
+            data = None if state is None else model_in(state)
         if data is None:
             raise StateError(
                 f"run {row.run}: it is {row.status.value} and has no model",
-                hint="a model is there once the last round is committed",
+                hint="a run that ends has one if it committed a round",
             )
         path.parent.mkdir(exist_ok=True, mode=0o700)
         partial = path.with_suffix(".partial")

@@ -15,6 +15,8 @@ from fedlearn.privacy.plan import Unit
 
 _COLUMNS: Final = ("clients", "dropped", "seconds")
 """Of a round. Its seconds grow with its cohort."""
+UNTOLD: Final = "the coordinator's operator sees why"
+"""In place of a reason, which may name who was drawn."""
 
 
 def hides_cohorts(statement: Mapping[str, Any] | None) -> bool:
@@ -27,12 +29,16 @@ def event_for_site(event: events.Event) -> events.Event | None:
     match event:
         case events.RoundStarted() | events.ClientFinished() | events.ClientDropped() | events.SumOpened():
             return None
+        case events.ClientRefused() | events.RunWaiting():
+            return None
         case events.RunStarted():
             return replace(event, clients=(), population=0)
         case events.RoundFinished():
             return replace(event, clients=0, dropped=0, seconds=0.0)
         case events.RoundVoid():
             return replace(event, reason="")
+        case events.RunFailed():
+            return replace(event, reason=UNTOLD, hint="")
     return event
 
 

@@ -178,6 +178,26 @@ class Store:
         with self.reading() as db:
             return [(int(n), str(e)) for n, e in db.execute(query.order_by(table.c.number).limit(limit))]
 
+    def events_of(self, run: str, kind: str, *, limit: int, having: str = "", newest: bool = False) -> Sequence[str]:
+        """Events of one kind as JSON, in their order or the newest first; at most `limit`.
+
+        Args:
+            run: whose.
+            kind: the event's name.
+            limit: how many.
+            having: text that they hold, as it stands in their JSON.
+            newest: begin at the end.
+        """
+        table = schema.events
+        query = sa.select(table.c.event).where(
+            table.c.run == run,
+            table.c.event.startswith(f'{{"event":"{kind}"', autoescape=True),
+            table.c.event.contains(having, autoescape=True),
+        )
+        with self.reading() as db:
+            number = table.c.number.desc() if newest else table.c.number
+            return [str(e) for (e,) in db.execute(query.order_by(number).limit(limit))]
+
     # Transactions, for this package.
 
     @contextmanager

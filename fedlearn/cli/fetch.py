@@ -1,4 +1,4 @@
-"""A finished run, fetched from its coordinator as a run folder."""
+"""A run that ended, fetched from its coordinator as a run folder."""
 
 from __future__ import annotations
 
@@ -61,6 +61,10 @@ def _events(control: ControlClient, run_id: str) -> tuple[History, dict[str, Any
                 rows[scores.round].update(metrics=dict(scores.mean), clients_metrics=dict(scores.clients))
             case events.RunFinished() as ended:
                 facts.update(seconds=ended.seconds, model_digest=ended.model_digest)
+            case events.RunStopped():
+                facts["stopped"] = True
+            case events.RunFailed() as failed:
+                facts["failed"] = failed.reason
             case _:
                 pass
     return History([rows[number] for number in sorted(rows)], metric), facts

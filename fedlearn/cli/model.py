@@ -36,17 +36,22 @@ def get(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fetch a finished run's model, with its study, history and plot. A site may fetch the runs that it took part in."""
+    """Fetch a run's model, with its study, history and plot. A site may fetch the runs that it took part in.
+
+    A run that failed or was stopped has the model of its last committed round.
+    """
     del debug
     from fedlearn.cli.fetch import fetch
     from fedlearn.cli.runs import connect
 
     with connect(server, tls) as control:
         folder = fetch(control, run, out)
+        found = control.show(run).summary
     if json:
         print_json({"run": run, "folder": str(folder), "files": sorted(p.name for p in folder.iterdir())})
     else:
-        print(f"run {run}: model, study, history and plot are in {folder}")
+        early = "" if found.status == "finished" else f", which {found.status} after round {found.round}"
+        print(f"run {run}{early}: model, study, history and plot are in {folder}")
 
 
 def export(

@@ -14,7 +14,7 @@ from fedlearn import events
 from fedlearn.cli.options import AppFolder, Debug, Json, Overrides, Rounds, Server, Tls
 from fedlearn.cli.output import print_json, print_table
 from fedlearn.cli.processes import bundle
-from fedlearn.cli.view import RunView
+from fedlearn.cli.view import RunView, indented
 from fedlearn.errors import INTERRUPTED_EXIT_CODE, LinkError, ProtocolError, RunFailedError, StudyError
 
 if TYPE_CHECKING:
@@ -96,6 +96,10 @@ def show(run: RunId, server: Server, tls: Tls = None, json: Json = False, debug:
     print(f"submitted  {_when(summary.submitted_at)}" + (f" by {detail['submitter']}" if "submitter" in detail else ""))
     if detail.get("reason"):
         print(f"reason     {detail['reason']}")
+    for client, reason in sorted((detail.get("refused") or {}).items()):
+        print(f"refused    {client}: {indented(reason, 11)}")
+    if summary.status in {"failed", "stopped"}:
+        print(f"model      {_left_by(summary.run_id, summary.round)}")
     if detail.get("privacy"):
         from fedlearn.privacy.statement import lines
 
@@ -166,12 +170,12 @@ def _follow(control: ControlClient, run_id: str, *, json: bool, out: Path | None
         return INTERRUPTED_EXIT_CODE
     if isinstance(view.ended, events.RunFailed):
         reason = view.ended.reason.removeprefix(f"run {run_id}: ")
-        raise RunFailedError(f"run {run_id}: {reason}", hint=f"fedlearn show {run_id} has its rounds")
+        raise RunFailedError(f"run {run_id}: {reason}", hint=_left_by(run_id, view.rounds_done, view.ended.hint))
     if view.ended is None and (found := control.show(run_id)).summary.status == "failed":
         reason = jsonlib.loads(found.detail_json or "{}").get("reason") or "no reason was recorded"
-        raise RunFailedError(f"run {run_id}: {reason}")
+        raise RunFailedError(f"run {run_id}: {reason}", hint=_left_by(run_id, found.summary.round))
     folder = None
-    if out is not None and isinstance(view.ended, events.RunFinished):
+    if out is not None and view.rounds_done:
         from fedlearn.cli.fetch import fetch
 
         folder = fetch(control, run_id, out)
@@ -189,8 +193,19 @@ def _follow(control: ControlClient, run_id: str, *, json: bool, out: Path | None
         where = f"it is in {folder}" if folder else f"fedlearn model get {run_id} --out DIR fetches the model"
         print(f"{view.rounds_done} rounds in {view.ended.seconds:.1f} s; {where}")
     else:
-        print(f"run {run_id} was stopped after round {view.rounds_done}")
+        where = f"its model is in {folder}" if folder else _left_by(run_id, view.rounds_done)
+        print(f"run {run_id} was stopped after round {view.rounds_done}; {where}")
     return 0
+
+
+def _left_by(run_id: str, rounds_done: int, hint: str = "") -> str:
+    """What a run that ended early has left."""
+    model = (
+        f"fedlearn model get {run_id} --out DIR fetches the model of round {rounds_done}, the last that was committed"
+        if rounds_done
+        else "no round was committed, so there is no model"
+    )
+    return f"{hint}\n       {model}" if hint else model
 
 
 def follow(control: ControlClient, run_id: str, view: RunView) -> None:

@@ -112,7 +112,7 @@ def _simulate(study: str | None, folder: Path, json: bool, arguments: dict[str, 
         kept = view.rounds_done
         print(f"interrupted after round {kept}; {_how_to_go_on(folder, kept)}", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
-    except StateError as error:  # a full disk, for one: what was committed is there
+    except (StateError, WorkerCrashedError) as error:  # a full disk, for one: what was committed is there
         if view.rounds_done:
             error.hint = "; ".join(filter(None, [error.hint, _how_to_go_on(folder, view.rounds_done)]))
         raise

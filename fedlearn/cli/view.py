@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from fedlearn import events
 from fedlearn.cli.output import cell
-from fedlearn.cli.progress import plain_progress
+from fedlearn.cli.progress import duration, plain_progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -29,6 +29,8 @@ MOST_TRACES: Final = 3
 """Tracebacks that are shown; each is in the run folder."""
 MOST_OUT: Final = 5
 """Clients that are named as they drop out of a round; of more, how many."""
+MOST_REFUSED: Final = 50
+"""Clients that are named as they refuse a run."""
 _WIDTHS: Final = (7, 9, 9, 11, 10)
 
 
@@ -54,6 +56,7 @@ class RunView:
         self.opened: events.SumOpened | None = None
         self.rounds_done = 0
         self.round_rows: list[dict[str, Any]] = []
+        self._refused: dict[str, str] = {}
         self._trained = self._of_round = self._cohort = self._out = 0
         self._rounds_s = self._drawn_s = 0.0
         self._raised = 0
@@ -105,8 +108,16 @@ class RunView:
             case events.ClientDropped():
                 self._of_round += 1
                 self._out += not event.virtual  # the row counts those
-                if self._out <= MOST_OUT and not event.virtual:
-                    self._line(f"  round {event.round}: {event.client} is out: {event.reason}")
+                if event.refused:
+                    self._refuse(event.client, event.reason, f"in round {event.round}")
+                elif self._out <= MOST_OUT and not event.virtual:
+                    self._line(f"  round {event.round}: {event.client} is out: {indented(event.reason, 4)}")
+            case events.ClientRefused():
+                self._refuse(event.client, event.reason)
+            case events.RunWaiting():
+                self._line(
+                    f"  waiting for clients: {event.here} of {event.needed} are here, {duration(event.left_s)} are left for the others"
+                )
             case events.RoundVoid():
                 self._line(f"  round {event.round}: void: {event.reason}")
             case events.RoundFinished():
@@ -128,6 +139,14 @@ class RunView:
                 self.ended = event
             case _:
                 pass
+
+    def _refuse(self, client: str, reason: str, when: str = "") -> None:
+        """Name who refuses, once for each of its reasons."""
+        if self._refused.get(client) == reason:
+            return
+        self._refused[client] = reason
+        if len(self._refused) <= MOST_REFUSED:
+            self._line(f"  refused{f' {when}' if when else ''}: {client}: {indented(reason, 4)}")
 
     def _start(self, event: events.RunStarted) -> None:
         again = self.started is not None
@@ -200,6 +219,11 @@ class RunView:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+def indented(text: str, spaces: int) -> str:
+    """Text whose further lines begin so far in."""
+    return text.replace("\n", "\n" + " " * spaces)
 
 
 def _world(facts: Mapping[str, float]) -> str:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fedlearn.errors import RunFailedError
 from fedlearn.learning.cohort import pick_cohort
 from fedlearn.release.keys import AttemptId, record_key
 
 if TYPE_CHECKING:
-    from fedlearn.learning.backend import Backend
+    from fedlearn.learning.backend import Backend, Failed
     from fedlearn.learning.conditions import Conditions
     from fedlearn.privacy.central import CentralPlan
     from fedlearn.release.journal import Journal
     from fedlearn.study import Study
 
 FIRST = AttemptId(1, 1)
+MOST_NAMED: Final = 5
+MOST_REASONS: Final = 5
+"""Clients of one reason, and reasons, that an error names."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,22 @@ class Attendance:
         if first and self.may_join:
             planned = self.central.least_clients if self.central is not None else 0
             needed = max(table.wait_for or table.size or 0, least, planned)
-        clients = self.backend.clients(needed, self.study.runtime.wait_s)
-        if len(clients) < needed:
-            refused = "".join(f"; refused: {why}" for why in dict.fromkeys(getattr(self.backend, "refusals", ())))
-            raise RunFailedError(
-                f"run {self.run}: {len(clients)} clients connected within {self.study.runtime.wait_s:g} s, needs {needed}{refused}",
-                hint="start the missing clients, or lower cohort.wait_for, cohort.size or cohort.minimum",
-            )
-        return clients
+        wait_s = self.study.runtime.wait_s
+        over = not first and self._out_of_reach(needed)
+        clients = self.backend.clients(needed, 0.0 if over else wait_s)
+        if len(clients) >= needed:
+            return clients
+        what = f"{len(clients)} clients {'are left' if over else f'connected within {wait_s:g} s'}"
+        refused = getattr(self.backend, "refusals", ())
+        raise RunFailedError(
+            f"run {self.run}: {what}, needs {needed}" + "".join(f"; refused: {one}" for one in _in_words(refused)),
+            hint=_hint(refused),
+        )
+
+    def _out_of_reach(self, needed: int) -> bool:
+        """Whether so many have refused the rest of this run that it cannot go on, however long it waits for those that took part so far."""
+        could_come: int | None = getattr(self.backend, "could_come", None)
+        return could_come is not None and could_come < needed
 
     def population(self, connected: int) -> int:
         """How many clients the study has: settled when the run begins, since server rules depend on it.
@@ -118,3 +129,24 @@ class Attendance:
 
     def _place(self, what: str) -> str:
         return record_key(what, self.run)
+
+
+def _in_words(refused: Sequence[Failed]) -> Iterator[str]:
+    """Who refused, and why; one reason is said once, and of each its first line: what to do about it was said as it came."""
+    by_reason: dict[str, list[str]] = {}
+    for one in refused:
+        by_reason.setdefault(one.reason.partition("\n")[0], []).append(one.client)
+    for reason, clients in list(by_reason.items())[:MOST_REASONS]:
+        more = f" and {len(clients) - MOST_NAMED} more" if len(clients) > MOST_NAMED else ""
+        yield f"{', '.join(clients[:MOST_NAMED])}{more}: {reason}"
+    if len(by_reason) > MOST_REASONS:
+        yield f"others, for {len(by_reason) - MOST_REASONS} more reasons"
+
+
+def _hint(refused: Sequence[Failed]) -> str:
+    if not refused:
+        return "start the missing clients, or lower cohort.wait_for, cohort.size or cohort.minimum"
+    return (
+        "what a site refuses is for its operator to change; or start the missing clients, or submit the study again with a "
+        "lower cohort.minimum, cohort.wait_for or cohort.size"
+    )

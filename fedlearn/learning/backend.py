@@ -125,12 +125,14 @@ class Failed:
         reason: why, in a sentence.
         trace: of what its code raised, in a simulation; never sent by a site.
         virtual: True for one that a simulated environment took away, as the study asked.
+        permanent: True for one that said, by a mark beside its reason, that it will answer nothing more of this run.
     """
 
     client: str
     reason: str
     trace: str = field(default="", repr=False)
     virtual: bool = False
+    permanent: bool = False
 
 
 def raised(client: str, error: Exception) -> Failed:

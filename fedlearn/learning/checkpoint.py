@@ -9,6 +9,7 @@ import numpy as np
 from fedlearn import arrays as named
 from fedlearn.errors import StateError, UpdateError
 from fedlearn.learning.strategy import ServerState
+from fedlearn.release.keys import record_key
 
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
@@ -26,6 +27,18 @@ def state_to_bytes(state: ServerState) -> bytes:
     """The state as safetensors bytes; equal states give equal bytes."""
     flat = {f"{part}/{name}": array for part in PARTS for name, array in getattr(state, part).items()}
     return named.to_bytes({**flat, "round": np.array(state.round, dtype=np.int64)})
+
+
+def model_in(data: bytes) -> bytes:
+    """The model alone, as safetensors bytes, of a state's bytes."""
+    flat = named.from_bytes(data)
+    prefix = f"{PARTS[0]}/"
+    return named.to_bytes({name.removeprefix(prefix): a for name, a in flat.items() if name.startswith(prefix)})
+
+
+def checkpoint_key(run: str) -> str:
+    """Where a run's journal has the state after its last committed round."""
+    return record_key("checkpoint", run)
 
 
 def state_from_bytes(data: bytes, initial: Arrays) -> ServerState:

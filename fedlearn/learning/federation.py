@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,10 +19,10 @@ from fedlearn import arrays as named
 from fedlearn import events
 from fedlearn.clock import Clock, SystemClock
 from fedlearn.errors import LocalProtocolError, RunFailedError, StateError, UpdateError
-from fedlearn.learning.attendance import FIRST, Attendance
+from fedlearn.learning.attendance import FIRST, MOST_REASONS, Attendance
 from fedlearn.learning.averages import l2_norm, mean_metrics, weighted_mean
 from fedlearn.learning.backend import Backend, Failed, Fitted, Said, Scored, Summed, Work
-from fedlearn.learning.checkpoint import PARTS, broadcast_digest, state_from_bytes, state_to_bytes
+from fedlearn.learning.checkpoint import PARTS, broadcast_digest, checkpoint_key, state_from_bytes, state_to_bytes
 from fedlearn.learning.cohort import pick_cohort
 from fedlearn.learning.collect import Collector, collector_for, update_checksum, update_size
 from fedlearn.learning.combine import check_combination
@@ -118,9 +119,9 @@ class Federation:
         self._journal, self._metric, self._emit, self._should_stop = journal, metric, emit, should_stop
         self._clock = clock if clock is not None else SystemClock()
         self._conditions = conditions
-        self._attendance = Attendance(
-            study, run, backend, journal, strategy.min_clients, self._central, conditions, may_join
-        )
+        least = strategy.min_clients if secure is None else max(strategy.min_clients, secure.least)
+        self._attendance = Attendance(study, run, backend, journal, least, self._central, conditions, may_join)
+        self._least = 0 if self._central else max(study.cohort.minimum, strategy.min_clients)
         self._statements = Statements(study, run, emit, rehearsal=rehearsal)
         self._chain = chain_of(study)
         self._initial = initial
@@ -134,11 +135,13 @@ class Federation:
             size=update_size if secure is None else len,
             masking=NoMasking if secure is None else lambda: self._secure_sum,
             policy=RoundPolicy(
-                min_survivors=0 if self._central else max(study.cohort.minimum, strategy.min_clients),
+                min_survivors=self._least,
                 max_attempts=study.runtime.max_attempts,
             ),
         )
         self._population = 0
+        self.kept: Outcome | None = None
+        """What a run that failed had committed."""
 
     def run(self) -> Outcome:
         """Run to the last round, or until stopped.
@@ -173,8 +176,9 @@ class Federation:
                     return Outcome(self._state, self.history(), stopped=True, privacy=privacy)
                 self._round(step)
         except RunFailedError as error:
-            self._statements.end(self.history(), self._machine)
-            self._emit(events.RunFailed(self._run, error.message))
+            privacy = self._statements.end(self.history(), self._machine)
+            self.kept = Outcome(self._state, self.history(), stopped=True, privacy=privacy)
+            self._emit(events.RunFailed(self._run, error.message, error.hint))
             raise
         finally:
             if self._collector is not None:
@@ -216,17 +220,8 @@ class Federation:
             roster = cohort = self._attendance.cohort(at)
             self._machine.begin(at, cohort, digest)
         self._emit(events.RoundStarted(self._run, at.round, at.attempt, len(cohort)))
-        losses: dict[str, tuple[float, int]] = {}
         work = self._work(at, cohort, digest, roster)
-        for reply in self._replies(work):
-            reason = self._take(reply)
-            for client, facts, examples in claims_of(reply):
-                if reason is None:
-                    losses[client] = (facts.get("loss", math.nan), examples)
-                    self._emit(events.ClientFinished(self._run, at.round, client, facts))
-                else:
-                    virtual = isinstance(reply, Failed) and reply.virtual
-                    self._emit(events.ClientDropped(self._run, at.round, client, reason, virtual))
+        losses = self._hear(at, work)
         if self._machine.state is RoundState.OPEN:
             self._machine.close()
         elif self._machine.state is RoundState.REFILL:
@@ -256,16 +251,45 @@ class Federation:
             environment={} if self._conditions is None else self._conditions.facts(at),
         )
         kept = {} if self._central is None else self._central.closing(at, roster)
-        self._machine.commit(row_of(finished), {**kept, self._place("checkpoint"): state_to_bytes(self._state)})
+        self._machine.commit(row_of(finished), {**kept, checkpoint_key(self._run): state_to_bytes(self._state)})
         if seen is not None:
             self._emit(seen)
         self._emit(finished)
         self._evaluate_if_due()
 
-    def _replies(self, work: Work) -> Iterable[Fitted | Summed | Said | Failed]:
-        if not work.cohort:
-            return ()
-        return self._backend.fit(work) if self._secure is None else self._secure.train(self._machine, work)
+    def _hear(self, at: AttemptId, work: Work) -> dict[str, tuple[float, int]]:
+        """Take every reply to the machine; the loss and the examples of each client that is in the sum.
+
+        Where too few are left because of one that refuses the rest of the run, nobody else is waited for: whoever has not been charged yet, is not.
+        """
+        losses: dict[str, tuple[float, int]] = {}
+        refused: list[str] = []
+        with closing(self._replies(work)) as replies:
+            for reply in replies:
+                reason = self._take(reply)
+                for client, facts, examples in claims_of(reply):
+                    if reason is None:
+                        losses[client] = (facts.get("loss", math.nan), examples)
+                        self._emit(events.ClientFinished(self._run, at.round, client, facts))
+                    else:
+                        self._emit(self._dropped(at.round, client, reason, reply))
+                if isinstance(reply, Failed) and reply.permanent:
+                    why, _, _ = reply.reason.partition("\n")
+                    refused.append(f"{reply.client} refuses the rest of the run: {why}")
+                left = len(self._machine.received) + len(self._machine.waiting)
+                if refused and self._machine.state is RoundState.OPEN and left < self._least:
+                    few = f"{left} of {len(work.cohort)} clients are left, at least {self._least} needed"
+                    self._machine.void("; ".join([few, *refused[:MOST_REASONS]]))
+                    break
+        return losses
+
+    def _replies(self, work: Work) -> Generator[Fitted | Summed | Said | Failed, None, None]:
+        if work.cohort:
+            yield from (self._backend.fit(work) if self._secure is None else self._secure.train(self._machine, work))
+
+    def _dropped(self, round_: int, client: str, reason: str, reply: object) -> events.ClientDropped:
+        virtual, permanent = (reply.virtual, reply.permanent) if isinstance(reply, Failed) else (False, False)
+        return events.ClientDropped(self._run, round_, client, reason, virtual, permanent)
 
     def _take(self, reply: Fitted | Summed | Said | Failed) -> str | None:
         """Hand a reply to the machine; None when it entered the sum, else the reason why not."""
@@ -344,9 +368,13 @@ class Federation:
         # Under the name of the attempt that made this model: a site refuses an attempt earlier than one it has seen.
         at = self._machine.committed or AttemptId(number, 1)
         work = self._work(at, clients, broadcast_digest(self._state))
-        scored = sorted(
-            (reply for reply in self._backend.evaluate(work) if isinstance(reply, Scored)), key=lambda s: s.client
-        )
+        scored = []
+        for reply in self._backend.evaluate(work):
+            if isinstance(reply, Scored):
+                scored.append(reply)
+            elif reply.permanent:
+                self._emit(self._dropped(number, reply.client, reply.reason, reply))
+        scored.sort(key=lambda s: s.client)
         scored, means = self._reader.read(scored) if self._reader is not None else (scored, mean_metrics(scored))
         event = events.Evaluated(
             self._run,
@@ -385,7 +413,7 @@ class Federation:
         return here if past else self._attendance.wait(first=step == Begin(FIRST))
 
     def _load_state(self) -> ServerState:
-        data = self._journal.get(self._place("checkpoint"))
+        data = self._journal.get(checkpoint_key(self._run))
         if data is not None:
             return state_from_bytes(data, self._initial)
         state = self._strategy.server_init(self._initial)

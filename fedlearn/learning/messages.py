@@ -97,7 +97,8 @@ class RequestEncoder:
     """Encodes a cohort's requests; arrays are encoded once and shared by all of them."""
 
     def __init__(self, run: str, study: str, app: str) -> None:
-        self._run, self._study, self._app = run, study, app
+        self.run: Final = run
+        self._study, self._app = study, app
 
     def describe(self) -> RecordDict:
         """The request that asks a client who it is."""
@@ -130,7 +131,7 @@ class RequestEncoder:
     def _facts(self, exchange: Exchange) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "run": self._run,
+            "run": self.run,
             "exchange": exchange.value,
             "study": self._study,
             "app": self._app,
@@ -228,6 +229,17 @@ def encode_said(body: bytes, entry: bytes = b"") -> RecordDict:
 def with_entry(content: RecordDict, entry: bytes) -> RecordDict:
     """The same answer with a check-in for the next round: it rides along, and is no part of what was released."""
     return RecordDict({**content, RECORD: ConfigRecord({**content.config_records[RECORD], "entry": entry})})
+
+
+def with_last(content: RecordDict) -> RecordDict:
+    """The same answer to TRAIN with the mark that no other update of the run will come from there; no part of what was released."""
+    return RecordDict({**content, RECORD: ConfigRecord({**content.config_records[RECORD], "last": True})})
+
+
+def is_last(content: RecordDict) -> bool:
+    """Whether an answer to TRAIN has that mark."""
+    record = content.get(RECORD)
+    return isinstance(record, ConfigRecord) and record.get("last") is True
 
 
 def decode_said(client: str, content: RecordDict) -> Said:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 import numpy as np
 
 from fedlearn.errors import LocalProtocolError
 from fedlearn.events import SumOpened
 from fedlearn.secagg.breach import Breach, SecureAggregationError
+from fedlearn.secagg.graph import CLIENTS_LEAST
 from fedlearn.secagg.hooks import MaskedAttempt
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class SecureRounds(ABC):
     Args:
         vectors: of the study.
     """
+
+    least: ClassVar[int] = CLIENTS_LEAST
+    """Fewer clients cannot be masked from each other."""
 
     def __init__(self, vectors: Vectors) -> None:
         self.vectors: Final = vectors

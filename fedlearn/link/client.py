@@ -257,8 +257,11 @@ class LinkClient:
         try:
             return _checked(await self._handler(message))
         except Exception as error:
-            self._emit(events.HandlerFailed(message.metadata.message_id, f"{type(error).__name__}: {error}"))
-            return flower.error_reply(message, flower.ERROR_CLIENT_RAISED, f"{type(error).__name__}: {error}")
+            said, code = f"{type(error).__name__}: {error}", flower.ERROR_CLIENT_RAISED
+            if isinstance(error, FedlearnError):  # in words of its own
+                said, code = str(error), flower.ERROR_REFUSED if error.permanent else code
+            self._emit(events.HandlerFailed(message.metadata.message_id, said))
+            return flower.error_reply(message, code, said)
 
     def _send(self, message: Message, reply: Message, deadline: float) -> None:
         message_id = message.metadata.message_id

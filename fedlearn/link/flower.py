@@ -35,6 +35,8 @@ ERROR_UNREACHABLE: Final = ErrorCode.NODE_UNAVAILABLE
 ERROR_NO_REPLY: Final = ErrorCode.REPLY_MESSAGE_UNAVAILABLE
 ERROR_CLIENT_RAISED: Final = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 ERROR_CLIENT_CRASHED: Final = ErrorCode.CLIENT_APP_CRASHED
+ERROR_REFUSED: Final = 1001
+"""Not Flower's, which counts from 0: this client will answer nothing more of the run. Whoever does not know it reads the reason, as of any error."""
 
 
 @dataclass(frozen=True)

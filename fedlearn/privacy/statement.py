@@ -85,7 +85,7 @@ def statement(
 
     Returns:
         `epsilon` (a number, or the text "not private"), `delta`, `unit`, `neighbours`, `against` (each adversary with its epsilon, or "infinite", and a caveat),
-        `sampling`, `noise_multiplier`, `clip_l2`, `rounds`, `counted`, `accountant`, `other_accountants`; and for a seeded run `mark` and
+        `sampling`, `noise_multiplier`, `clip_l2`, `rounds`, `committed` (of a run that ended), `counted`, `accountant`, `other_accountants`; and for a seeded run `mark` and
         `rehearsed_epsilon`, what the same run would cost with secret noise.
     """
     state = PLANNED if rounds is None else RELEASED
@@ -121,6 +121,7 @@ def statement(
         "neighbours": plan.relation.value,
         "against": against,
         "rounds": number,
+        **({} if committed is None else {"committed": committed}),
         "counted": counted,
         "releases": number * plan.steps,
         **({} if plan.evaluation is None else _evaluation(plan.evaluation, evaluated)),
@@ -202,7 +203,11 @@ def headline(value: Mapping[str, Any]) -> str:
     seeded = not value["private"]
     number = value["rehearsed_epsilon"] if seeded else value["epsilon"]
     rounds = value["rounds"]
-    over = f"{rounds} round{'' if rounds == 1 else 's'} {'planned' if value['state'] == PLANNED else 'released'}"
+    committed = value.get("committed", rounds)
+    if committed == rounds:
+        over = f"{rounds} round{'' if rounds == 1 else 's'} {'planned' if value['state'] == PLANNED else 'released'}"
+    else:
+        over = f"{rounds} attempt{'' if rounds == 1 else 's'} at rounds released, {committed} of them committed"
     words = (
         f"epsilon {shown(number)} at delta {value['delta']:g}, unit {value['unit']} "
         f"(neighbours: {value['neighbours']}), {over}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Decimal, InvalidOperation, localcontext
-from typing import Protocol
+from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation, localcontext
+from typing import Final, Protocol
 
 from fedlearn.errors import StateError
 from fedlearn.release.keys import ReleaseKey
+
+_SHOWN_DIGITS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,18 @@ class Weighing:
     def allowed(self) -> bool:
         """True when the charge fits. A number that is not finite never does."""
         return self.after.is_finite() and not self.budget.is_nan() and self.after <= self.budget
+
+    def in_words(self, account: str, work: str) -> str:
+        """For people: three significant digits, rounded up, so that what is above a budget never looks equal to it.
+
+        Args:
+            account: what is charged.
+            work: what it is charged for.
+        """
+        spent = f"{self.unit} {_short(self.spent)} of {self.budget.normalize():f} is spent on {account!r}"
+        if not self.after.is_finite():
+            return f"{spent}, and the account's rule does not cover {work} beside that"
+        return f"{spent}, and {work} would make it {_short(self.after)}"
 
 
 class Charger(Protocol):
@@ -115,6 +129,14 @@ class CostCharger:
             before = sum((_cost(charge) for charge in spent), start=Decimal(0))
             after = before + _cost(asked)
         return Weighing(spent=before, after=after, budget=self.budgets.get(asked.account, Decimal(0)), unit=self.unit)
+
+
+def _short(value: Decimal) -> str:
+    if not value:
+        return "0"
+    if not value.is_finite():
+        return "an unknown amount"
+    return f"{Context(prec=_SHOWN_DIGITS, rounding=ROUND_CEILING).create_decimal(value):f}"
 
 
 def _cost(charge: Charge) -> Decimal:

@@ -90,6 +90,13 @@ class ReleaseKey:
         """The attempt that this release belongs to."""
         return AttemptId(self.round, self.attempt)
 
+    @property
+    def work(self) -> str:
+        """What this is a release of, for people who know the run."""
+        if self.exchange == ADMISSION:
+            return "this run"
+        return f"{'an evaluation after ' if self.exchange == EVALUATE else ''}round {self.round}"
+
     def canonical(self) -> bytes:
         """The key as bytes: equal keys give equal bytes, different keys different ones (every part carries its length)."""
         parts = (self.run, str(self.round), str(self.attempt), self.exchange, self.model_digest)
@@ -100,7 +107,8 @@ class ReleaseKey:
         return hashlib.sha256(self.canonical()).hexdigest()
 
     def __str__(self) -> str:
-        return f"{self.run} {self.at} {self.exchange} (model {self.model_digest[:12]})"
+        """For people: without the digest."""
+        return f"{self.run}, the whole run" if self.exchange == ADMISSION else f"{self.run} {self.at} {self.exchange}"
 
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.~-]+", re.ASCII)

@@ -106,6 +106,23 @@ class Refusal(Enum):
     CLOSED = "closed"  # the run is over: what it did not use was given back
     TOO_LARGE = "too-large"  # a payload or state exceeds a named limit
 
+    @property
+    def permanent(self) -> bool:
+        """Whether the gate would refuse whatever else the run asks as well.
+
+        A budget only shrinks, a record that was lost stays lost, and all updates of a run are equally large; the others are about one attempt, or
+        one round.
+        """
+        return self in _PERMANENT
+
+
+_PERMANENT: Final = frozenset(
+    {
+        *(Refusal.BUDGET, Refusal.VOID_CAP, Refusal.CLOSED, Refusal.TOO_LARGE),
+        *(Refusal.UNKNOWN_BASE, Refusal.CONTRADICTION),
+    }
+)
+
 
 @dataclass(frozen=True)
 class Refused:
@@ -114,6 +131,7 @@ class Refused:
     reason: Refusal
     message: str
     weighing: Weighing | None = None
+    hint: str = ""
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,11 @@ class SiteGate:
         refused = self._weigh(key, charge)
         return None if refused is None else self._noted(key, charge, refused)
 
+    def fits(self, charge: Charge) -> bool:
+        """Whether a charge has room now. Nothing is noted: nobody has asked for it."""
+        self._check_usable()
+        return self._charger.weigh(self.spent(charge.account), charge).allowed
+
     def reserve(
         self,
         key: ReleaseKey,
@@ -156,7 +161,7 @@ class SiteGate:
         if (key.at, key.exchange) in run.holds:
             return InProgress(key)
         if self._book is not None and self._book.closed(key.run):
-            return Refused(Refusal.CLOSED, f"{key}: the run is closed")
+            return Refused(Refusal.CLOSED, f"{key}: the run was closed, and what it had not used was given back")
         if key.at < run.latest:
             return Refused(Refusal.STALE, f"{key}: {run.latest} was already asked for")
         if Status.VOID in run.statuses(key.at):
@@ -167,7 +172,8 @@ class SiteGate:
         if run.voids() > self._policy.max_voids_per_run:
             return Refused(
                 Refusal.VOID_CAP,
-                f"{key}: {run.voids()} attempts are void, the site allows {self._policy.max_voids_per_run}",
+                f"{key}: {run.voids()} attempts of this run were given up after an update had left; the site's policy allows "
+                f"max_voids_per_run = {self._policy.max_voids_per_run}",
             )
         if key.exchange == TRAIN and not noisy and (refused := self.reopened(key.run, key.at)) is not None:
             return refused
@@ -331,7 +337,7 @@ class SiteGate:
             return Finished(known.key, self._payload(known))
         if known.status is Status.VOID:
             return Refused(Refusal.VOID, f"{known.key}: the attempt is void")
-        return Refused(Refusal.GONE, f"{known.key}: the bytes are {known.status.value} and were pruned")
+        return Refused(Refusal.GONE, f"{known.key}: the bytes are {known.status.value} and were deleted")
 
     def _payload(self, known: Release) -> bytes:
         return self._need(_place("payload", known.key))
@@ -363,9 +369,9 @@ class SiteGate:
             return None
         return Refused(
             Refusal.BUDGET,
-            f"{key}: account {charge.account!r} would reach {weighing.after} {weighing.unit}, "
-            f"spent {weighing.spent}, budget {weighing.budget}",
+            weighing.in_words(charge.account, key.work),
             weighing,
+            hint="whoever answers for the data may raise that budget in the site's policy file and start the site again; else go on without the site",
         )
 
     def _noted(self, key: ReleaseKey, charge: Charge | None, refused: Refused) -> Refused:

@@ -60,7 +60,7 @@ def mismatch(run: SiteRun, key: ReleaseKey, asked: str) -> Refused | None:
     """Refuse an exchange that is already bound to another broadcast or another request."""
     bound = run.releases.get((key.at, key.exchange)) or run.holds.get((key.at, key.exchange))
     if bound is not None and bound.key.model_digest != key.model_digest:
-        return Refused(Refusal.OTHER_MODEL, f"{key}: already answered for model {bound.key.model_digest[:12]}")
+        return Refused(Refusal.OTHER_MODEL, f"{key}: already answered for another model")
     if bound is not None and bound.request_sha256 != asked:
         return Refused(Refusal.OTHER_REQUEST, f"{key}: already answered for another request")
     return None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedlearn import events
 from fedlearn.app import App, load_app
 from fedlearn.clock import SystemClock
-from fedlearn.errors import StudyError
+from fedlearn.errors import RunFailedError, StudyError
 from fedlearn.meter import measuring
 from fedlearn.release.journal import DictJournal
 from fedlearn.report.folder import PROFILE, RunFolder
@@ -256,7 +256,7 @@ def run_ready(
         journal = journal if journal is not None else DictJournal()
         initial = initial_weights(population.task, study)
         with closing(backend):
-            outcome = Federation(
+            federation = Federation(
                 study,
                 study.name,
                 ready.strategy,
@@ -270,10 +270,28 @@ def run_ready(
                 rehearsal=True,
                 conditions=world,
                 secure=secure_rounds(study, ready.strategy, initial, backend, journal, len(population.client_ids)),
-            ).run()
+            )
+            try:
+                outcome = federation.run()
+            except RunFailedError as error:
+                if folder is not None and federation.kept is not None:
+                    kept = SimulationResult(study, federation.kept, time.monotonic() - started, population.task)
+                    _keep(kept, folder, error)
+                raise
     finally:
         torch.set_num_threads(threads)
     return SimulationResult(study, outcome, time.monotonic() - started, population.task)
+
+
+def _keep(result: SimulationResult, folder: Path, error: RunFailedError) -> None:
+    """Save what a run that failed has committed, and say where."""
+    rounds = len(result.history)
+    where = "no round was committed, so there is no model"
+    if rounds:
+        facts = manifest(result.study, result.seconds) | {"failed": error.message, "privacy": result.privacy}
+        RunFolder(folder).save(result.study, result.weights, result.history, facts)
+        where = f"the model of round {rounds}, the last that was committed, is in {folder}"
+    error.hint = "; ".join(filter(None, [error.hint, where]))
 
 
 def _check_cohort(study: Study, clients: int) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,27 +131,60 @@ def test_a_private_run_ends_with_the_simulations_bytes_and_every_round_in_every_
         assert verify_ledger(ledger(tmp_path, name)).problems == ()
 
 
+def charges(folder: Path, name: str) -> int:
+    (state,) = account_states(read_records(ledger(folder, name)))
+    return state.charges
+
+
 def test_a_budget_that_runs_out_ends_the_sites_part_and_then_the_run(processes: Family, tmp_path: Path):
-    """Two hospitals can pay for seven rounds, one for nine: it goes on alone, and in the tenth nobody is left."""
+    """Two hospitals can pay for seven rounds, one for nine: each says which update is its last, and none is asked for one more."""
     overrides = ["rounds=12", *RECORD, "cohort.wait_for=3", "cohort.minimum=1", "evaluate.every=0"]
     overrides += ["runtime.wait_s=60"]
     sizes = {"cleveland": 1.3, "hungary": 1.3, "switzerland": 1.5}
     with link_net(tmp_path) as link:
         ready(processes, link, tmp_path, {name: budget(e, seeded=False) for name, e in sizes.items()})
+        started_s = time.monotonic()
         run = run_study(link, 1, overrides, Heads())
-    done = [(e.round, e.clients) for e in run.of(events.RoundFinished)]
-    assert done == [(number, 3 if number <= 7 else 1) for number in range(1, 10)]
-    refused = [e for e in run.of(events.ClientDropped) if e.client == "cleveland"]
-    assert "gate: budget" in refused[0].reason
-    assert f"account '{ACCOUNT}' would reach" in refused[0].reason
-    assert "budget 1.3" in refused[0].reason
+        assert time.monotonic() - started_s < 50, "nobody is waited for who could not take part"
+    done = [(e.round, e.clients, e.dropped) for e in run.of(events.RoundFinished)]
+    assert done == [(number, 3 if number <= 7 else 1, 0) for number in range(1, 10)]
+    refused = [(e.client, e.final, e.reason) for e in run.of(events.ClientRefused)]
+    reason = "budget: it has no room for an update after that of round"
+    assert refused == [
+        *((name, True, f"{reason} 7") for name in ("cleveland", "hungary")),
+        ("switzerland", True, f"{reason} 9"),
+    ]
+    assert not run.of(events.RoundVoid)
     assert isinstance(run.events[-1], events.RunFailed)
+    assert "0 clients are left, needs 1" in run.events[-1].reason
     for name, epsilon in sizes.items():
         (state,) = account_states(read_records(ledger(tmp_path, name)))
         assert state.charges == sum(1 for e in run.of(events.ClientFinished) if e.client == name)
-        assert state.refusals >= 1
+        assert state.refusals == 0
         assert state.epsilon is not None
         assert 0 < state.epsilon <= epsilon
+
+
+def test_a_refusal_that_comes_in_a_round_costs_the_willing_no_other_attempt(processes: Family, tmp_path: Path):
+    """An evaluation takes what an update would have needed, which nobody foresees: all three are needed, so the run ends there."""
+    overrides = ["rounds=12", *RECORD, "privacy.evaluation_noise=2.0", "cohort.wait_for=3", "cohort.minimum=3"]
+    overrides += ["runtime.wait_s=60", "runtime.max_attempts=5"]
+    sizes = {"cleveland": 2.24, "hungary": 50.0, "switzerland": 50.0}
+    with link_net(tmp_path) as link:
+        ready(processes, link, tmp_path, {name: budget(e, seeded=False) for name, e in sizes.items()})
+        run = run_study(link, 1, overrides, Heads())
+    rounds = len(run.of(events.RoundFinished))
+    assert rounds >= 1
+    (dropped,) = [e for e in run.of(events.ClientDropped) if e.refused]
+    assert (dropped.client, dropped.round) == ("cleveland", rounds + 1)
+    assert f"of 2.24 is spent on '{ACCOUNT}', and round {rounds + 1} would make it" in dropped.reason
+    (void,) = run.of(events.RoundVoid)
+    assert "cleveland refuses the rest of the run" in void.reason
+    failed = run.events[-1]
+    assert isinstance(failed, events.RunFailed)
+    assert "2 clients are left, needs 3; refused: cleveland: budget: epsilon" in failed.reason
+    for name in ("hungary", "switzerland"):
+        assert charges(tmp_path, name) - 2 * rounds in {0, 1}, "an update and an evaluation a round, and one attempt"
 
 
 def test_an_old_copy_of_a_ledger_is_refused_by_its_own_agent(processes: Family, tmp_path: Path):

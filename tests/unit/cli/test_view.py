@@ -47,6 +47,24 @@ def test_the_last_row_is_shown_when_the_view_is_left_early(capsys):
     assert lines[-1].split()[0] == "1"
 
 
+def test_who_refuses_is_named_once_and_waiting_is_not_silent(capsys):
+    feed = [
+        events.ClientRefused("run-1", "c", "policy: tasks: no\n  ask for another", final=True),
+        events.RunWaiting("run-1", 1, 2, 600.0),
+        start(),
+        events.ClientDropped("run-1", 1, "b", "budget: spent", refused=True),
+        events.ClientDropped("run-1", 2, "b", "budget: spent", refused=True),
+        events.ClientRefused("run-1", "c", "policy: tasks: no\n  ask for another", final=True),
+    ]
+    _, lines = shown(capsys, *feed)
+    assert lines[:3] == [
+        "  refused: c: policy: tasks: no",
+        "      ask for another",
+        "  waiting for clients: 1 of 2 are here, 10 min are left for the others",
+    ]
+    assert lines[5:] == ["  refused in round 1: b: budget: spent"]
+
+
 def test_what_went_wrong_is_said_where_it_happened(capsys):
     feed = [
         start(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 
@@ -101,16 +102,59 @@ async def test_a_budget_that_is_spent_refuses_with_the_numbers(tmp_path):
         assert refused is not None
         assert 1 < number < 6
         assert one.worker.calls == number - 1
-        assert "gate: budget" in refused.message
-        assert "budget 1.5" in refused.message
-        assert RECORDS in refused.message
+        assert refused.permanent
+        words = (
+            rf"budget: epsilon (\d\.\d\d) of 1\.5 is spent on '{RECORDS}', and round {number} would make it (\d\.\d\d)"
+        )
+        said = re.fullmatch(words, refused.message)
+        assert said is not None, refused.message
+        assert "policy file" in refused.hint
         with pytest.raises(PolicyRefusedError, match="budget"):  # a new run finds nothing either
             await one.site.handle(ask(RECORD, exchange=Exchange.DESCRIBE, run="run-2"))
     state = {s.account: s for s in account_states(read_records(tmp_path / "s" / "ledgers" / "hospital-heart"))}[RECORDS]
     assert (state.charges, state.refusals) == (number - 1, 2)
     assert state.epsilon is not None
     assert state.epsilon <= 1.5
-    assert f"spent {state.epsilon:.6f}"[:12] in refused.message
+    assert 0 <= float(said[1]) - state.epsilon <= 0.01
+    assert float(said[2]) > 1.5
+
+
+async def test_the_last_update_that_fits_says_that_it_is(tmp_path):
+    with private_site(tmp_path / "s", policy="[budgets.record]\nepsilon = 1.5\ndelta = 1e-5\n") as one:
+        said = [messages.is_last((await one.site.handle(ask(RECORD, number))).content) for number in (1, 2)]
+        assert said == [False, True]
+        with pytest.raises(PolicyRefusedError) as caught:
+            await one.site.handle(ask(RECORD, 3))
+        assert caught.value.permanent
+    whole = study_of('unit = "record"\nnoise_multiplier = 2.0\ndelta = 1e-5\n', rounds=2)
+    with private_site(tmp_path / "t", policy="[budgets.record]\nepsilon = 1.5\ndelta = 1e-5\n") as one:
+        for number in (1, 2):
+            reply = await one.site.handle(ask(whole, number))
+            assert not messages.is_last(reply.content), "no round of the study comes after it"
+    state = account_states(read_records(tmp_path / "s" / "ledgers" / "hospital-heart"))
+    assert [s.refusals for s in state if s.account == RECORDS] == [1], "looking ahead asks for nothing"
+
+
+async def test_what_is_refused_for_good_is_marked(tmp_path):
+    """Another app, another unit, a spent budget: for all of the run. An attempt that is over: for that one."""
+    with private_site(tmp_path / "s", policy="[budgets.record]\nepsilon = 50.0\ndelta = 1e-5\n") as one:
+        await one.site.handle(ask(RECORD, 2))
+        found = {}
+        for name, message in {"stale": ask(RECORD, 1), "unit": ask(CLIENT), "round": ask(RECORD, 9)}.items():
+            with pytest.raises(PolicyRefusedError) as caught:
+                await one.site.handle(message)
+            found[name] = caught.value.permanent
+        assert found == {"stale": False, "unit": True, "round": False}
+
+
+async def test_who_cannot_pay_for_an_evaluation_may_still_train(tmp_path):
+    dear = study_of('unit = "record"\nnoise_multiplier = 4.0\ndelta = 1e-5\nevaluation_noise = 0.5\n')
+    with private_site(tmp_path / "s", policy="[budgets.record]\nepsilon = 1.5\ndelta = 1e-5\n") as one:
+        await one.site.handle(ask(dear, 1))
+        with pytest.raises(PolicyRefusedError, match="an evaluation after round 1 would make it") as caught:
+            await one.site.handle(ask(dear, 1, exchange=Exchange.EVALUATE))
+        assert not caught.value.permanent
+        await one.site.handle(ask(dear, 2))
 
 
 async def test_a_client_level_run_is_charged_whole_when_the_site_says_that_it_takes_part(tmp_path):
@@ -134,7 +178,7 @@ async def test_a_client_level_run_is_charged_whole_when_the_site_says_that_it_ta
 async def test_a_client_level_run_that_does_not_fit_is_refused_when_it_is_described(tmp_path):
     with private_site(tmp_path / "s", policy="[budgets.client]\nepsilon = 1.0\ndelta = 1e-3\n") as one:
         for exchange in (Exchange.DESCRIBE, Exchange.TRAIN):
-            with pytest.raises(PolicyRefusedError, match="gate: budget"):
+            with pytest.raises(PolicyRefusedError, match=r"^budget: "):
                 await one.site.handle(ask(CLIENT, exchange=exchange))
         assert one.worker.calls == 0
         assert one.costs(CLIENTS) == []

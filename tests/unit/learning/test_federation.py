@@ -239,9 +239,61 @@ def test_too_few_clients(overrides, here, message):
 def test_why_clients_would_not_take_part_is_said():
     study = tiny_study("cohort.wait_for=2")
     backend = Backend(study, here=("ada",))
-    backend.refusals = ("budget: 3.1 of 3.0", "budget: 3.1 of 3.0", "another app")
-    with pytest.raises(RunFailedError, match=r"needs 2; refused: budget: 3\.1 of 3\.0; refused: another app"):
+    spent = [Failed(client, "budget: 3.1 of 3.0") for client in ("bob", "cyd")]
+    backend.refusals = [*spent, Failed("dan", "another app")]
+    with pytest.raises(
+        RunFailedError, match=r"needs 2; refused: bob, cyd: budget: 3\.1 of 3\.0; refused: dan: another app"
+    ):
         federation(study, backend).run()
+
+
+class Refusing(Backend):
+    """Clients that refuse for good are gone, as over a grid."""
+
+    refusals: tuple[Failed, ...] = ()
+    could_come: int | None = None
+
+    def fit(self, work: Work) -> Iterator[Fitted | Failed]:
+        for reply in super().fit(work):
+            if isinstance(reply, Failed) and reply.permanent:
+                self.refusals = (*self.refusals, reply)
+                self.here = tuple(c for c in self.here if c != reply.client)
+                self.could_come = len(self.here)
+            yield reply
+
+
+def refuse(reply):
+    return Failed(reply.client, "budget: spent", permanent=True)
+
+
+def test_a_refusal_for_good_ends_a_run_that_needs_everybody_without_another_attempt():
+    study, seen = tiny_study("cohort.minimum=4", "runtime.max_attempts=5"), []
+    backend = Refusing(study, {("ada", 2, 1): refuse})
+    run = federation(study, backend, seen=seen)
+    with pytest.raises(RunFailedError, match="3 clients are left, needs 4; refused: ada: budget: spent") as caught:
+        run.run()
+    assert "what a site refuses is for its operator to change" in caught.value.hint
+    assert [(w.round, w.attempt) for w in backend.works] == [(1, 1), (2, 1)]
+    assert backend.asked[-1] == (4, 0.0), "nobody is waited for"
+    second = [e for e in seen if getattr(e, "round", 0) == 2]
+    assert second[1:] == [
+        events.ClientDropped("run", 2, "ada", "budget: spent", refused=True),
+        events.RoundVoid(
+            "run", 2, 1, "3 of 4 clients are left, at least 4 needed; ada refuses the rest of the run: budget: spent"
+        ),
+    ], "the others are not waited for"
+    assert run.kept is not None
+    assert len(run.kept.history) == 1
+    assert seen[-1] == events.RunFailed("run", caught.value.message, caught.value.hint)
+
+
+def test_a_refusal_for_good_is_no_failure_where_enough_are_left():
+    study, seen = tiny_study("cohort.minimum=3"), []
+    backend = Refusing(study, {("ada", 2, 1): refuse})
+    outcome = federation(study, backend, seen=seen).run()
+    assert [(row["clients"], row["dropped"]) for row in outcome.history] == [(4, 0), (3, 1), (3, 0)]
+    assert "ada" not in backend.works[2].cohort
+    assert [e.client for e in seen if isinstance(e, events.ClientDropped)] == ["ada"], "named once"
 
 
 def test_a_diverged_rule_ends_the_run_without_a_model():

@@ -8,7 +8,7 @@ import pytest
 import xxhash
 from flwr.app import Message
 
-from fedlearn.errors import LimitExceededError, LocalProtocolError
+from fedlearn.errors import LimitExceededError, LocalProtocolError, PolicyRefusedError
 from fedlearn.link import GridCancelledError, flower
 from fedlearn.link.events import (
     ChecksumFailed,
@@ -267,6 +267,10 @@ async def test_a_handler_that_raises_costs_one_message(tmp_path):
         async def broken(message):
             if message.metadata.message_type == "train":
                 raise RuntimeError("no data today")
+            if message.metadata.message_type == "query":
+                error = PolicyRefusedError("policy: not this study", hint="ask for another")
+                error.permanent = bytes(data_of(message)) == b"for good"
+                raise error
             return await echo(message)
 
         _, _, log = world.start("a", broken)
@@ -276,6 +280,11 @@ async def test_a_handler_that_raises_costs_one_message(tmp_path):
         assert replies[0].error.code == flower.ERROR_CLIENT_RAISED
         assert replies[0].error.reason == "RuntimeError: no data today"
         assert log.all(HandlerFailed)
+        for said, code in ((b"for good", flower.ERROR_REFUSED), (b"today", flower.ERROR_CLIENT_RAISED)):
+            asked = message_of(said, node)
+            asked.metadata.message_type = "query"
+            (reply,) = await asyncio.to_thread(grid.send_and_receive, [asked])
+            assert (reply.error.code, reply.error.reason) == (code, "policy: not this study\n  ask for another")
         fine = message_of(b"z", node)
         fine.metadata.message_type = "evaluate"
         replies = await asyncio.to_thread(grid.send_and_receive, [fine])

@@ -346,7 +346,7 @@ def test_the_gate_stops_a_run_by_what_the_ledger_holds():
         base = at.at if isinstance(answers[-1], Finished) else base
     assert [type(a) for a in answers] == [Finished] * allowed + [Refused] * 2
     assert answers[-1].reason.value == "budget"
-    assert "would reach" in answers[-1].message
+    assert "would make it" in answers[-1].message
     assert kinds(ledger_disk).count("charge") == allowed
     assert kinds(ledger_disk).count("refusal") == 2
     # Another run, another journal, the same data: nothing is left.

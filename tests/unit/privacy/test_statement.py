@@ -150,6 +150,8 @@ def test_a_void_attempt_costs_a_round_where_updates_left_with_it(over, counted):
     assert [row["attempt"] for row in outcome.history] == ([1, 2, 1] if counted == 4 else [1, 1, 1])
     assert outcome.privacy is not None
     assert outcome.privacy["rounds"] == counted
+    words = "4 attempts at rounds released, 3 of them committed" if counted == 4 else "3 rounds released"
+    assert headline(outcome.privacy).endswith(words)
     assert outcome.privacy["epsilon"] == account(plan.cost(counted), plan.delta).reported.epsilon
 
 

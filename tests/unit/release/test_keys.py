@@ -32,7 +32,7 @@ def test_a_key_is_a_value() -> None:
     with pytest.raises(FrozenInstanceError):
         KEY.round = 3  # type: ignore[misc]
     assert KEY.at == AttemptId(2, 1) < AttemptId(2, 2) < AttemptId(3, 1)
-    assert str(KEY) == "run round 2 attempt 1 train (model ab12)"
+    assert str(KEY) == "run round 2 attempt 1 train"
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ class TestBudget:
         assert isinstance(answer, Refused)
         assert answer.weighing is not None
         assert (answer.weighing.spent, answer.weighing.after, answer.weighing.budget) == (1, 2, Decimal("1.5"))
-        assert "would reach 2 epsilon, spent 1, budget 1.5" in answer.message
+        assert answer.message == "epsilon 1 of 1.5 is spent on 'heart', and round 2 would make it 2"
         assert site.spent() == 1
 
     def test_an_open_reservation_counts(self) -> None:

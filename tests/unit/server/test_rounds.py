@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from flwr.app import Error, Message, RecordDict
 
+from fedlearn import events
 from fedlearn.clock import MockClock
+from fedlearn.errors import PolicyRefusedError
 from fedlearn.learning import messages
-from fedlearn.learning.backend import Failed, Work
+from fedlearn.learning.backend import Failed, Fitted, Work
 from fedlearn.learning.messages import RequestEncoder
+from fedlearn.learning.update import Update
 from fedlearn.link import flower
 from server import rounds
+from server.refusals import REASON_LIMIT
 from server.rounds import GridBackend
 
 WORK = Work(1, 1, ("ada", "bob"), {}, {}, "digest", {}, 0.05)
@@ -22,6 +27,7 @@ class Grid:
     def __init__(self, names: dict[int, str | Exception | None]) -> None:
         flower.ensure_identity(1)
         self.names, self.described, self.dropped, self._ready = names, [], [], {}
+        self.trained: dict[int, RecordDict | Exception] = {}
         self.clock = MockClock()
 
     def get_node_ids(self):
@@ -37,12 +43,15 @@ class Grid:
 
     def _answer(self, message: Message) -> None:
         if message.metadata.message_type != "query":
+            if (content := self.trained.get(message.metadata.dst_node_id)) is not None:
+                content = _error(content) if isinstance(content, Exception) else content
+                self._ready[message.metadata.message_id] = Message(content, reply_to=message)
             return
         self.described.append(message.metadata.dst_node_id)
         name = self.names[message.metadata.dst_node_id]
         if name is None:
             return
-        content = Error(1, str(name)) if isinstance(name, Exception) else messages.encode_description(name, {})
+        content = messages.encode_description(name, {}) if isinstance(name, str) else _error(name)
         self._ready[message.metadata.message_id] = Message(content, reply_to=message)
 
     def wait_messages(self, ids, timeout_s):
@@ -56,6 +65,21 @@ class Grid:
 
     def drop(self, ids):
         self.dropped += ids
+
+
+def _error(error: Exception) -> Error:
+    permanent = getattr(error, "permanent", False)
+    return Error(flower.ERROR_REFUSED if permanent else flower.ERROR_CLIENT_RAISED, str(error))
+
+
+def for_good(text: str) -> PolicyRefusedError:
+    error = PolicyRefusedError(text)
+    error.permanent = True
+    return error
+
+
+def update() -> RecordDict:
+    return messages.encode_update(Update({"delta": {"w": np.zeros(2, np.float32)}}, examples=1))
 
 
 def backend(grid, **more) -> GridBackend:
@@ -74,13 +98,13 @@ def test_a_node_that_refuses_is_asked_again_after_a_while_only():
     grid = Grid({3: "ada", 5: ValueError("no data here")})
     one = backend(grid)
     assert one.clients() == ["ada"]
-    assert one.refusals == ("no data here",)
+    assert [failed.reason for failed in one.refusals] == ["no data here"]
     assert one.clients() == ["ada"]
     assert grid.described.count(5) == 1
     grid.names[5] = "bob"
     grid.clock.advance(rounds.REASK_S)
     assert one.clients() == ["ada", "bob"]
-    assert one.refusals == ()
+    assert not one.refusals
 
 
 def test_a_node_that_says_nothing_costs_one_deadline_and_no_more():
@@ -122,11 +146,11 @@ def test_a_second_node_of_one_name_is_refused_until_the_first_is_gone():
     grid = Grid({3: "ada", 4: "ada"})
     one = backend(grid)
     assert one.clients() == ["ada"]
-    assert "so does another client" in one.refusals[0]
+    assert "so does another client" in one.refusals[0].reason
     del grid.names[3]
     grid.clock.advance(rounds.REASK_S)
     assert one.clients() == ["ada"]
-    assert one.refusals == ()
+    assert not one.refusals
 
 
 @pytest.mark.parametrize("answer", [RecordDict(), messages.encode_description("x" * 300, {})])
@@ -136,6 +160,68 @@ def test_an_answer_that_is_not_ours_refuses_its_node(answer, monkeypatch):
     one = backend(grid)
     assert one.clients() == []
     assert len(one.refusals) == 1
+
+
+def test_who_refuses_in_a_round_for_good_is_asked_nothing_more_in_this_run():
+    seen: list[events.Event] = []
+    grid = Grid({3: "ada", 5: "bob"})
+    grid.trained = {3: update(), 5: for_good("budget: spent")}
+    one = backend(grid, emit=seen.append)
+    one.clients()
+    assert one.could_come is None
+    gone = Failed("bob", "budget: spent", permanent=True)
+    assert sorted(map(repr, one.fit(WORK))) == sorted(
+        map(repr, [Fitted("ada", messages.decode_update(update())), gone])
+    )
+    assert one.could_come == 1
+    assert one.refusals == [gone]
+    grid.trained[5] = update()
+    grid.clock.advance(10 * rounds.REASK_S)
+    del grid.names[5]
+    assert one.clients(at_least=2, timeout_s=90.0) == ["ada"]
+    grid.names[9] = "bob"  # under another number
+    assert one.clients(at_least=2, timeout_s=90.0) == ["ada"]
+    assert gone in list(one.fit(WORK)), "where it was drawn all the same, it is not there, and nobody takes its place"
+    assert grid.described.count(5) == 1
+    assert not [e for e in seen if isinstance(e, events.ClientRefused) and e.client == "bob"], "the round has said it"
+
+
+def test_a_last_update_counts_and_its_client_leaves_when_the_attempt_is_over():
+    seen: list[events.Event] = []
+    grid = Grid({3: "ada", 5: "bob"})
+    grid.trained = {3: update(), 5: messages.with_last(update())}
+    one = backend(grid, emit=seen.append)
+    one.clients()
+    assert {type(reply) for reply in one.fit(WORK)} == {Fitted}
+    assert one.could_come == 1
+    assert {type(reply) for reply in one.fit(WORK)} == {Fitted}, "what belongs to the attempt is still asked for"
+    assert one.clients() == ["ada"]
+    reason = "budget: it has no room for an update after that of round 1"
+    assert seen == [events.ClientRefused("run", "bob", reason, final=True)]
+
+
+def test_who_refuses_the_whole_run_is_asked_again_only_while_others_are_missing():
+    grid = Grid({3: "ada", 5: for_good("policy: tasks")})
+    one = backend(grid)
+    for _ in range(3):
+        assert one.clients(at_least=1) == ["ada"]
+        grid.clock.advance(10 * rounds.REASK_S)
+    assert grid.described.count(5) == 1
+    assert one.could_come is None, "it never took part"
+    grid.names[5] = "bob"  # its policy was changed
+    assert one.clients(at_least=2, timeout_s=1.0) == ["ada", "bob"]
+
+
+def test_waiting_is_said_when_it_begins_when_it_changes_and_now_and_then():
+    seen: list[events.Event] = []
+    grid = Grid({3: "ada", 5: for_good("policy: tasks\x1b[2J" + "x" * 5_000)})
+    backend(grid, emit=seen.append).clients(at_least=3, timeout_s=100.0)
+    refused, *waiting = seen
+    assert isinstance(refused, events.ClientRefused)
+    assert (refused.client, refused.final, len(refused.reason)) == ("node 5", True, REASON_LIMIT)
+    assert refused.reason.startswith("policy: tasks?[2Jx")
+    assert [(e.here, e.needed) for e in waiting if isinstance(e, events.RunWaiting)] == [(1, 3)] * len(waiting)
+    assert [e.left_s for e in waiting if isinstance(e, events.RunWaiting)] == [100.0, 90.0, 70.0, 30.0]
 
 
 def test_each_client_of_a_cohort_gets_exactly_one_answer():
