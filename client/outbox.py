@@ -10,7 +10,7 @@ from flwr.app import RecordDict
 
 from client import records
 from fedlearn.errors import PolicyRefusedError
-from fedlearn.release.keys import EVALUATE
+from fedlearn.release.keys import EVALUATE, TRAIN
 from fedlearn.release.records import Finished, InProgress, Refusal, Refused, Reserved
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _granted(key: ReleaseKey, answer: Reserved | InProgress | Refused) -> Reserv
     return answer
 
 
-def refusal(refused: Refused, exchange: str) -> PolicyRefusedError:
+def refusal(refused: Refused, exchange: str = TRAIN) -> PolicyRefusedError:
     """What the server is told of the gate's no to an exchange."""
     error = PolicyRefusedError(f"{refused.reason.value}: {refused.message}", hint=refused.hint)
     # Who cannot pay for an evaluation may still pay for an update.

@@ -158,7 +158,7 @@ class Site:
             at = AttemptId(request.round, request.attempt)
             refused = None if _noisy(guard) else await self._outbox.at_gate(self._gate.reopened, request.run, at)
             if refused is not None:  # as its update would be, so that nobody counts on it
-                raise refusal(refused, request.exchange)
+                raise refusal(refused)
             return await asyncio.to_thread(masks.answer, request)
 
         base = None if request.base is None else AttemptId(*request.base)
@@ -183,7 +183,7 @@ class Site:
             raise PolicyRefusedError(f"plan: {request.exchange.value} has no place in a study with a privacy plan")
         take_part = self._gate.foresee if guard.admission is None else self._gate.admit
         if (refused := await self._outbox.at_gate(take_part, request.run, guard.first())) is not None:
-            raise refusal(refused, request.exchange)
+            raise refusal(refused)
         reply, _ = await self._compute(message, request.run, None, guard)
         return guard.description(reply.content, str(self._node_config["client-id"]))
 
@@ -235,7 +235,7 @@ class Site:
         charge = guard.charge(request)
         guard.check_turn(request, {r.key.round for r in self._gate.releases(request.run) if r.key.exchange == TRAIN})
         if guard.admission is not None and (refused := self._gate.admit(request.run, guard.admission)) is not None:
-            raise refusal(refused, request.exchange)
+            raise refusal(refused)
         return charge
 
     def _was_last(self, request: Request, guard: Guard) -> bool:
@@ -270,7 +270,7 @@ class Site:
     def _settled_state(self, request: Request) -> bytes | None:
         base = None if request.base is None else AttemptId(*request.base)
         if (refused := self._gate.settle(request.run, base)) is not None:
-            raise refusal(refused, request.exchange)
+            raise refusal(refused)
         return self._gate.state(request.run)
 
 

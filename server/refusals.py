@@ -40,7 +40,7 @@ class Refusals:
     nodes: dict[int, Failed] = field(default_factory=dict)
     """Connected nodes that would not say who they are, or not take part; by node id."""
     gone: dict[str, Failed] = field(default_factory=dict)
-    """Clients that took part and will not any more, by name: whoever connects under it, and however often."""
+    """Clients that took part and will not any more, by name: also when they connect anew."""
     part: set[str] = field(default_factory=set)
     """Clients that took part at any time."""
     _leaving: dict[str, Failed] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from flwr.app import Message, RecordDict
@@ -83,13 +83,18 @@ class GridBackend:
         while True:
             nodes = set(self._grid.get_node_ids())
             self._forget(nodes)
-            self._describe(self._to_ask(nodes, patient=len(self._node_of) < at_least))
-            here = sorted(self._node_of)
+            self._describe(self._to_ask(nodes, patient=len(self._here) < at_least))
+            here = sorted(self._here)
             left_s = deadline - self._clock.monotonic()
             if len(here) >= at_least or left_s <= 0:
                 return here
             waits_s = min(left_s, self._refusals.waits(len(here), at_least, left_s, self._clock.monotonic()))
             self._wait_for_nodes(len(nodes) + 1, min(waits_s, REASK_S) if self._refusals.nodes else waits_s)
+
+    @property
+    def _here(self) -> Collection[str]:
+        """Clients that are connected and take part. Who has left the run is connected too, to be told of its end."""
+        return self._node_of.keys() - self._refusals.gone.keys()
 
     @property
     def refusals(self) -> Sequence[Failed]:
@@ -142,7 +147,8 @@ class GridBackend:
     ) -> Iterator[tuple[str, RecordDict | _Nothing]]:
         """Each client of the cohort once, with its reply's content or the reason why there is none."""
         requests = self._encoder.encode(exchange, work, bodies, length)
-        present = {client: request for client, request in requests.items() if client in self._node_of}
+        here = self._here
+        present = {client: request for client, request in requests.items() if client in here}
         for client, request in present.items():
             self._remind(client, request)
         for client in sorted(requests.keys() - present.keys()):
@@ -185,9 +191,8 @@ class GridBackend:
 
     def _forget(self, nodes: set[int]) -> None:
         """Drop what is known of nodes that are gone: their place and name are free for others."""
-        gone, refused = self._refusals.gone, self._refusals.nodes
-        self._node_of = {c: node for c, node in self._node_of.items() if node in nodes and c not in gone}
-        self._refusals.nodes = {node: failed for node, failed in refused.items() if node in nodes}
+        self._node_of = {client: node for client, node in self._node_of.items() if node in nodes}
+        self._refusals.nodes = {node: failed for node, failed in self._refusals.nodes.items() if node in nodes}
         self._asked_s = {node: at for node, at in self._asked_s.items() if node in nodes}
         self._silent &= nodes
 
@@ -195,17 +200,12 @@ class GridBackend:
         """Newcomers, and now and then those that refused.
 
         Whoever did not answer at all, or refused the whole run, is asked again only while others are missing: an operator may have changed a
-        policy meanwhile. Whoever left the run is not.
+        policy meanwhile.
         """
         due_s = self._clock.monotonic() - REASK_S
-        asked, gone = self._asked_s, self._refusals.gone
+        asked, unknown = self._asked_s, nodes - set(self._node_of.values())
         final = {node for node, failed in self._refusals.nodes.items() if failed.permanent} | self._silent
-        left = {node for node in nodes if self._name_of(node) in gone} if gone else set()
-        return sorted(
-            n
-            for n in nodes - set(self._node_of.values()) - left
-            if n not in asked or (asked[n] <= due_s and (patient or n not in final))
-        )
+        return sorted(n for n in unknown if n not in asked or (asked[n] <= due_s and (patient or n not in final)))
 
     def _name_of(self, node: int) -> str:
         """The name in a node's certificate; one of its number where there is none."""
@@ -248,8 +248,6 @@ class GridBackend:
             return f"calls itself {client!r}, its certificate says {name!r}"
         if client in self._node_of:
             return f"calls itself {client!r}, and so does another client that is connected"
-        if client in self._refusals.gone:
-            return f"calls itself {client!r}, which has left this run"
         self._refusals.nodes.pop(node, None)
         self._refusals.part.add(client)
         self._node_of[client] = node
@@ -261,7 +259,6 @@ class GridBackend:
         if isinstance(reply, _Nothing):
             if reply.permanent:
                 self._refusals.leave(reply.of(client))
-                self._node_of.pop(client, None)
         elif messages.is_last(reply):
             reason = f"budget: it has no room for an update after that of round {work.round}"
             self._refusals.leave_after(Failed(client, reason, permanent=True))

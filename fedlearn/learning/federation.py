@@ -122,6 +122,7 @@ class Federation:
         least = strategy.min_clients if secure is None else max(strategy.min_clients, secure.least)
         self._attendance = Attendance(study, run, backend, journal, least, self._central, conditions, may_join)
         self._least = 0 if self._central else max(study.cohort.minimum, strategy.min_clients)
+        self._fewest = self._least if secure is None else max(self._least, secure.least)
         self._statements = Statements(study, run, emit, rehearsal=rehearsal)
         self._chain = chain_of(study)
         self._initial = initial
@@ -277,8 +278,8 @@ class Federation:
                     why, _, _ = reply.reason.partition("\n")
                     refused.append(f"{reply.client} refuses the rest of the run: {why}")
                 left = len(self._machine.received) + len(self._machine.waiting)
-                if refused and self._machine.state is RoundState.OPEN and left < self._least:
-                    few = f"{left} of {len(work.cohort)} clients are left, at least {self._least} needed"
+                if refused and self._machine.state is RoundState.OPEN and left < self._fewest:
+                    few = f"{left} of {len(work.cohort)} clients are left, at least {self._fewest} needed"
                     self._machine.void("; ".join([few, *refused[:MOST_REASONS]]))
                     break
         return losses

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedlearn import events
 from fedlearn.errors import RunFailedError, UnsupportedError
 from fedlearn.learning.backend import Failed, Fitted
 from fedlearn.learning.update import DELTA, UNCLIPPED, Update
@@ -14,7 +15,15 @@ from fedlearn.privacy.clipping import COUNT
 from fedlearn.privacy.study import CLIP
 from fedlearn.release.journal import DictJournal
 from tests.support.tiny_task import CLIENTS, tiny_study
-from tests.unit.learning.test_federation import Backend, Crash, CrashingJournal, comparable, federation
+from tests.unit.learning.test_federation import (
+    Backend,
+    Crash,
+    CrashingJournal,
+    Refusing,
+    comparable,
+    federation,
+    refuse,
+)
 
 CLIENT = ("privacy.unit=client", "privacy.noise_multiplier=0.5", "privacy.delta=1e-3", f"privacy.units={len(CLIENTS)}")
 RECORD = ("privacy.unit=record", "privacy.noise_multiplier=1.5", "privacy.delta=1e-3")
@@ -44,6 +53,21 @@ def test_a_crash_at_any_write_changes_nothing(plan, strategy, applied):
         with pytest.raises(Crash):
             federation(study, backend, dying, rehearsal=True).run()
         assert comparable(federation(study, backend, dying, rehearsal=True).run()) == expected, f"write {k}"
+
+
+def test_whoever_refuses_is_drawn_all_the_same_where_the_draw_was_accounted():
+    """Nobody takes its place: the cohorts are those of a run in which it answers."""
+    study = tiny_study(*PLANS["client-fixed-cohort"], "rounds=8")
+    calm, torn = Backend(study), Refusing(study)
+    federation(study, calm, rehearsal=True).run()  # seeded, so that the draws are the same
+    drawn = [work.cohort for work in calm.works]
+    first = next(number for number, cohort in enumerate(drawn, start=1) if "ada" in cohort)
+    torn.replies = {("ada", number, 1): refuse for number in range(first, 9)}
+    seen: list[events.Event] = []
+    outcome = federation(study, torn, seen=seen, rehearsal=True).run()
+    assert [work.cohort for work in torn.works] == drawn
+    assert [row["dropped"] for row in outcome.history] == [int("ada" in cohort) for cohort in drawn]
+    assert sum(isinstance(e, events.RoundVoid) for e in seen) == 0
 
 
 @pytest.mark.parametrize("plan", PLANS)

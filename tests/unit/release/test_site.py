@@ -152,6 +152,11 @@ class TestOneRelease:
         assert "secret" not in repr(site.gate.reserve(NEXT, base=KEY.at))
 
 
+def test_what_is_refused_for_good_is_the_runs_and_not_an_attempts() -> None:
+    permanent = {refusal.value for refusal in Refusal if refusal.permanent}
+    assert permanent == {"budget", "void-cap", "closed", "too-large", "unknown-base", "contradiction"}
+
+
 class TestBudget:
     def test_the_refusal_has_the_numbers(self) -> None:
         site = Site(budget="1.5")

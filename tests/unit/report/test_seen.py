@@ -8,7 +8,7 @@ import fedlearn
 from fedlearn import events
 from fedlearn.events import SumOpened
 from fedlearn.report import seen
-from server.redaction import event_for_site
+from server.redaction import UNTOLD, event_for_site
 from tests.support.tiny_task import CLIENTS, tiny_study
 
 OPENED = SumOpened("r", 3, "ada", 32, (7, 2**32 - 1), (0.25, -0.5))
@@ -24,6 +24,14 @@ def test_lines_and_a_picture(tmp_path):
 
 def test_sites_are_not_told_whose_vector_it_was():
     assert event_for_site(OPENED) is None
+
+
+def test_sites_are_not_told_who_refused_or_why_a_run_failed():
+    assert event_for_site(events.ClientRefused("r", "ada", "budget: spent")) is None
+    assert event_for_site(events.RunWaiting("r", 1, 3, 60.0)) is None
+    failed = event_for_site(events.RunFailed("r", "1 of 2 clients are left", "start ada"))
+    assert isinstance(failed, events.RunFailed)
+    assert (failed.reason, failed.hint) == (UNTOLD, "")
 
 
 def test_a_masked_run_shows_a_sample_of_each_round_and_a_plain_one_none():

@@ -28,6 +28,7 @@ class Grid:
         flower.ensure_identity(1)
         self.names, self.described, self.dropped, self._ready = names, [], [], {}
         self.trained: dict[int, RecordDict | Exception] = {}
+        self.told: list[int] = []
         self.clock = MockClock()
 
     def get_node_ids(self):
@@ -38,6 +39,7 @@ class Grid:
         for message in outgoing:
             flower.stamp(message, message_id=flower.new_message_id())
             ids.append(message.metadata.message_id)
+            self.told.append(message.metadata.dst_node_id)
             self._answer(message)
         return ids
 
@@ -181,9 +183,21 @@ def test_who_refuses_in_a_round_for_good_is_asked_nothing_more_in_this_run():
     assert one.clients(at_least=2, timeout_s=90.0) == ["ada"]
     grid.names[9] = "bob"  # under another number
     assert one.clients(at_least=2, timeout_s=90.0) == ["ada"]
+    grid.trained[9] = update()
     assert gone in list(one.fit(WORK)), "where it was drawn all the same, it is not there, and nobody takes its place"
     assert grid.described.count(5) == 1
     assert not [e for e in seen if isinstance(e, events.ClientRefused) and e.client == "bob"], "the round has said it"
+
+
+def test_whoever_left_is_told_of_the_end_as_the_others_are():
+    grid = Grid({3: "ada", 5: "bob"})
+    grid.trained = {3: update(), 5: for_good("budget: spent")}
+    one = backend(grid)
+    one.clients()
+    list(one.fit(WORK))
+    grid.told.clear()
+    one.tell_end(b"over")
+    assert sorted(grid.told) == [3, 5]
 
 
 def test_a_last_update_counts_and_its_client_leaves_when_the_attempt_is_over():

@@ -4,10 +4,12 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from fedlearn import events
 from fedlearn.clock import MockClock
 from fedlearn.errors import LimitExceededError, StateError
 from server import blobs, schema
@@ -94,6 +96,25 @@ def test_events_are_numbered_and_read_from_any_number(store: Store) -> None:
     assert store.events(run, 3) == [(3, '{"n":3}'), (4, '{"n":4}')]
     assert store.events(run, 0, limit=2) == [(0, '{"n":0}'), (1, '{"n":1}')]
     assert store.events("other", 0) == []
+
+
+def test_events_of_one_kind_are_found_among_others(store: Store) -> None:
+    run = add(store)
+    told = [
+        events.ClientRefused(run, "a", "50% _of_ it"),
+        events.ClientDropped(run, 1, "b", 'says "refused":true'),
+        events.ClientDropped(run, 1, "c", "no", refused=True),
+        events.ClientRefused(run, "d", "no"),
+    ]
+    store.add_events([(run, number, events.to_json(event, 0.0)) for number, event in enumerate(told)])
+
+    def found(kind: str, **more: Any) -> list[events.Event]:
+        return [events.from_json(line)[0] for line in store.events_of(run, kind, **{"limit": 9} | more)]
+
+    assert found("ClientRefused") == [told[0], told[3]]
+    assert found("ClientRefused", newest=True, limit=1) == [told[3]]
+    assert found("ClientDropped", having='"refused":true') == [told[2]]
+    assert found("Client") == []
 
 
 def test_events_note_the_rounds_that_are_done(store: Store) -> None:

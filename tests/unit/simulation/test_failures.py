@@ -11,7 +11,8 @@ import fedlearn
 from fedlearn import events
 from fedlearn.arrays import digest
 from fedlearn.cli import main
-from fedlearn.errors import WorkerCrashedError
+from fedlearn.errors import RunFailedError, WorkerCrashedError
+from fedlearn.report.folder import RunFolder
 from fedlearn.simulation.failures import ClientFailure
 from tests.support.raising_task import NAME, ROWS_OF_BOB, RaisingTask
 from tests.support.tiny_task import tiny_study
@@ -90,6 +91,26 @@ def test_a_strict_run_goes_on_when_the_code_is_mended(bob_is_in, tmp_path, monke
     monkeypatch.setattr(RaisingTask, "loss", loss)
     mended = fedlearn.simulate(resume=tmp_path, strict=True)
     assert digest(mended.weights) == digest(fedlearn.simulate(study, backend=BACKEND).weights)
+
+
+def test_a_run_that_fails_leaves_the_model_that_it_had(bob_is_in, tmp_path, monkeypatch):
+    study = raising("nowhere", f"data.fold={bob_is_in['train']}", "cohort.minimum=4", "runtime.max_attempts=1")
+    loss, calls = RaisingTask.loss, iter(range(100))
+
+    def late(self, outputs, y):
+        if next(calls) > 15:
+            raise RuntimeError("a late defect")
+        return loss(self, outputs, y)
+
+    monkeypatch.setattr(RaisingTask, "loss", late)
+    with pytest.raises(RunFailedError) as caught:
+        fedlearn.simulate(study, out=tmp_path / "run", backend=BACKEND)
+    assert caught.value.hint.endswith(f"the model of round 1, the last that was committed, is in {tmp_path / 'run'}")
+    monkeypatch.setattr(RaisingTask, "loss", loss)
+    first = fedlearn.simulate(study, rounds=1, backend=BACKEND)
+    folder = RunFolder(tmp_path / "run")
+    assert digest(folder.weights()) == digest(first.weights)
+    assert "round 2 was void" in json.loads((tmp_path / "run" / "manifest.json").read_text())["failed"]
 
 
 def test_a_client_with_many_rows_and_any_name_has_a_bounded_report():

@@ -279,6 +279,27 @@ def test_a_run_with_too_few_clients_fails_with_the_reason():
         sim.run()
 
 
+@pytest.mark.parametrize("exchange", [Exchange.CHECK_IN, Exchange.SHARE])
+def test_a_refusal_for_good_while_keys_are_exchanged_ends_a_run_before_anybody_trains(exchange):
+    asked = []
+
+    def spoil(now, work, replies):
+        asked.append((work.round, now))
+        for reply in replies:
+            refuses = now is exchange and reply.client == "bob"
+            yield Failed("bob", "budget: spent", permanent=True) if refuses else reply
+
+    sim = Sim(study_of("cohort.minimum=4", "runtime.max_attempts=5"), spoil=spoil)
+    backend = sim.backend
+    backend.could_come, backend.refusals = 3, [Failed("bob", "budget: spent", permanent=True)]
+    here = backend.clients
+    backend.clients = lambda *args: [c for c in here(*args) if c != "bob" or not asked]
+    with pytest.raises(RunFailedError, match="3 clients are left, needs 4; refused: bob: budget: spent"):
+        sim.run()
+    assert {now for _, now in asked} <= {Exchange.CHECK_IN, exchange}
+    assert len(sim.of(events.RoundVoid)) == 1
+
+
 class Crash(BaseException):
     """The process is killed."""
 
