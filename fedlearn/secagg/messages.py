@@ -150,26 +150,45 @@ _SIZES: Final = {
 """Fewest and most bytes of a field, of each of its elements where it is a list."""
 
 
+def _key(number: int) -> bytes:
+    """What stands before a field of bytes and its size in protobuf."""
+    return bytes((number << 3 | 2,))
+
+
+_MASKED: Final = pb.Envelope(version=VERSION).SerializeToString() + _key(pb.Envelope.MASKED_FIELD_NUMBER)
+_SIGNATURE: Final = _key(pb.Masked.SIGNATURE_FIELD_NUMBER)
+_VECTOR: Final = _key(pb.Masked.VECTOR_FIELD_NUMBER)
+
+
 def to_bytes(message: Message) -> bytes:
     """One message as it travels."""
-    envelope = pb.Envelope(version=VERSION)
     if isinstance(message, Masked):
-        return _masked_bytes(envelope, message)
+        return _masked_bytes(message)
+    envelope = pb.Envelope(version=VERSION)
     fill(getattr(envelope, _NAMES[type(message)]), message)
     return bytes(envelope.SerializeToString(deterministic=True))
 
 
-def _masked_bytes(envelope: pb.Envelope, message: Masked) -> bytes:
+def _masked_bytes(message: Masked) -> bytes:
     """What protobuf would make of it, with one copy of the vector in place of three: it is as long as a model, and a client's only long message."""
-    head = pb.Masked(signature=message.signature).SerializeToString()
-    head += _before(pb.Masked.VECTOR_FIELD_NUMBER, len(message.vector))
-    kind = _before(pb.Envelope.MASKED_FIELD_NUMBER, len(head) + len(message.vector))
-    return b"".join((envelope.SerializeToString(), kind, head, message.vector))
+    head = _SIGNATURE + _varint(len(message.signature)) + message.signature + _VECTOR + _varint(len(message.vector))
+    return b"".join((_MASKED, _varint(len(head) + len(message.vector)), head, message.vector))
 
 
-def _before(number: int, size: int) -> bytes:
-    """What stands before a field of so many bytes: its number with the wire type 2, and its size."""
-    return _varint(number << 3 | 2) + _varint(size)
+def _masked_from(data: bytes) -> Masked | None:
+    """A masked vector in the form that `_masked_bytes` gives it; None for all else, which protobuf reads."""
+    size, at = _number(data, _MASKED, 0)
+    if at + size != len(data):
+        return None
+    size, at = _number(data, _SIGNATURE, at)
+    signature, at = data[at : at + size], at + size
+    size, at = _number(data, _VECTOR, at)
+    if not signature or at + size != len(data):
+        return None
+    _sized("signature", signature)
+    vector = data[at:]
+    _sized("vector", vector)
+    return Masked(signature, vector)
 
 
 def _varint(number: int) -> bytes:
@@ -178,6 +197,18 @@ def _varint(number: int) -> bytes:
         found.append(number & 0x7F | 0x80)
         number >>= 7
     return bytes((*found, number))
+
+
+def _number(data: bytes, key: bytes, at: int) -> tuple[int, int]:
+    """The number that follows a key, and where it ends; 0 and a place beyond the data where it is not there."""
+    found, end = 0, at + len(key)
+    if data.startswith(key, at):
+        for shift in range(0, 35, 7):
+            byte = data[end] if end < len(data) else 0
+            found, end = found | (byte & 0x7F) << shift, end + 1
+            if byte <= 0x7F:
+                return found, end
+    return 0, len(data) + 1
 
 
 def fill(target: Any, message: Any) -> None:
@@ -205,6 +236,8 @@ def from_bytes(data: bytes) -> Message:
     """
     if len(data) > MESSAGE_LIMIT_BYTES:
         raise SecureAggregationError(Breach.TOO_LARGE, f"got {len(data)} bytes, limit is {MESSAGE_LIMIT_BYTES}")
+    if (masked := _masked_from(data)) is not None:
+        return masked
     envelope = pb.Envelope()
     try:
         envelope.ParseFromString(data)

@@ -180,3 +180,22 @@ def test_reading_an_array_copies_nothing():
         RecordDict({"m": ArrayRecord({"a": Array("float32", (1000,), "numpy.ndarray", data)})}), "m"
     ).values()
     assert np.shares_memory(array, np.frombuffer(data, np.uint8))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(12, dtype=np.float32).reshape(3, 4),
+        np.float64(3.5),
+        np.zeros((0, 5), np.int64),
+        np.array([True, False]),
+        np.arange(6, dtype=">i4"),
+        np.array(["one", "three"]),
+        np.arange(12.0).reshape(3, 4).T,
+        np.arange(12.0)[::2],
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
+def test_arrays_are_written_as_flower_writes_them(array):
+    ours, theirs = messages.to_record({"a": array})["a"], Array(np.asarray(array))
+    assert (ours.dtype, ours.shape, ours.stype, ours.data) == (theirs.dtype, theirs.shape, theirs.stype, theirs.data)
