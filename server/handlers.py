@@ -93,7 +93,7 @@ class Handlers:
         return caller.role is not Role.OPERATOR and hides_cohorts(self._privacy(run))
 
     def _detail(self, caller: Identity, row: RunRow) -> dict[str, Any]:
-        started = next(self._found(row.run, "RunStarted", limit=1), None)
+        _, started = next(self._found(row.run, "RunStarted", limit=1), (0, None))
         rows, hidden = committed_rounds(RunJournal(self._store, row.run), row.run), self._hides(caller, row.run)
         return {
             "study": row.study,
@@ -111,25 +111,31 @@ class Handlers:
 
     def _privacy(self, run: str) -> dict[str, Any] | None:
         """What the run said last of its privacy: its cost, once it has ended, else its promise."""
-        found = next(self._found(run, "PrivacyStated", newest=True, limit=1), None)
+        _, found = next(self._found(run, "PrivacyStated", newest=True, limit=1), (0, None))
         return dict(found.statement) if isinstance(found, events.PrivacyStated) else None
 
     def _refused(self, run: str) -> dict[str, str]:
-        """Who would not take part, or not any more, and why: the last word of each."""
-        refused: dict[str, str] = {}
-        for event in self._found(run, "ClientRefused", limit=MOST_REFUSED):
-            if isinstance(event, events.ClientRefused):
-                refused[event.client] = event.reason
-        for event in self._found(run, "ClientDropped", having='"refused":true', limit=MOST_REFUSED):
-            if isinstance(event, events.ClientDropped):
-                refused[event.client] = event.reason
-        return refused
+        """Who refused the run, or the rest of it, and why; but for those that refused it first and then began it."""
+        found = [
+            *self._found(run, "ClientRefused", having='"final":true', limit=MOST_REFUSED),
+            *self._found(run, "ClientDropped", having='"refused":true', limit=MOST_REFUSED),
+        ]
+        start, began_with = 0, frozenset[str]()
+        for number, event in self._found(run, "RunStarted", limit=1):
+            if isinstance(event, events.RunStarted):
+                start, began_with = number, frozenset(event.clients)
+        return {
+            event.client: event.reason
+            for number, event in found
+            if isinstance(event, events.ClientRefused | events.ClientDropped)
+            and (number > start or event.client not in began_with)
+        }
 
     def _found(
         self, run: str, kind: str, *, limit: int, having: str = "", newest: bool = False
-    ) -> Iterator[events.Event]:
-        for line in self._store.events_of(run, kind, limit=limit, having=having, newest=newest):
-            yield events.from_json(line)[0]
+    ) -> Iterator[tuple[int, events.Event]]:
+        for number, line in self._store.events_of(run, kind, limit=limit, having=having, newest=newest):
+            yield number, events.from_json(line)[0]
 
     def _export(self, row: RunRow, path: Path) -> None:
         data = self._store.load_model(row.run)

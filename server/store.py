@@ -178,8 +178,10 @@ class Store:
         with self.reading() as db:
             return [(int(n), str(e)) for n, e in db.execute(query.order_by(table.c.number).limit(limit))]
 
-    def events_of(self, run: str, kind: str, *, limit: int, having: str = "", newest: bool = False) -> Sequence[str]:
-        """Events of one kind as JSON, in their order or the newest first; at most `limit`.
+    def events_of(
+        self, run: str, kind: str, *, limit: int, having: str = "", newest: bool = False
+    ) -> list[tuple[int, str]]:
+        """Events of one kind as (number, JSON), in their order or the newest first; at most `limit`.
 
         Args:
             run: whose.
@@ -189,14 +191,14 @@ class Store:
             newest: begin at the end.
         """
         table = schema.events
-        query = sa.select(table.c.event).where(
+        query = sa.select(table.c.number, table.c.event).where(
             table.c.run == run,
             table.c.event.startswith(f'{{"event":"{kind}"', autoescape=True),
             table.c.event.contains(having, autoescape=True),
         )
         with self.reading() as db:
             number = table.c.number.desc() if newest else table.c.number
-            return [str(e) for (e,) in db.execute(query.order_by(number).limit(limit))]
+            return [(int(n), str(e)) for n, e in db.execute(query.order_by(number).limit(limit))]
 
     # Transactions, for this package.
 

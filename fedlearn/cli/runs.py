@@ -175,7 +175,7 @@ def _follow(control: ControlClient, run_id: str, *, json: bool, out: Path | None
         reason = jsonlib.loads(found.detail_json or "{}").get("reason") or "no reason was recorded"
         raise RunFailedError(f"run {run_id}: {reason}", hint=_left_by(run_id, found.summary.round))
     folder = None
-    if out is not None and view.rounds_done:
+    if out is not None and isinstance(view.ended, events.RunFinished):
         from fedlearn.cli.fetch import fetch
 
         folder = fetch(control, run_id, out)
@@ -193,8 +193,7 @@ def _follow(control: ControlClient, run_id: str, *, json: bool, out: Path | None
         where = f"it is in {folder}" if folder else f"fedlearn model get {run_id} --out DIR fetches the model"
         print(f"{view.rounds_done} rounds in {view.ended.seconds:.1f} s; {where}")
     else:
-        where = f"its model is in {folder}" if folder else _left_by(run_id, view.rounds_done)
-        print(f"run {run_id} was stopped after round {view.rounds_done}; {where}")
+        print(f"run {run_id} was stopped after round {view.rounds_done}; {_left_by(run_id, view.rounds_done)}")
     return 0
 
 

@@ -30,7 +30,7 @@ MOST_TRACES: Final = 3
 MOST_OUT: Final = 5
 """Clients that are named as they drop out of a round; of more, how many."""
 MOST_REFUSED: Final = 50
-"""Clients that are named as they refuse a run."""
+"""Clients that are named as they refuse."""
 _WIDTHS: Final = (7, 9, 9, 11, 10)
 
 
@@ -109,11 +109,11 @@ class RunView:
                 self._of_round += 1
                 self._out += not event.virtual  # the row counts those
                 if event.refused:
-                    self._refuse(event.client, event.reason, f"in round {event.round}")
+                    self._refuse(event.client, event.reason, f"refused in round {event.round}")
                 elif self._out <= MOST_OUT and not event.virtual:
                     self._line(f"  round {event.round}: {event.client} is out: {indented(event.reason, 4)}")
             case events.ClientRefused():
-                self._refuse(event.client, event.reason)
+                self._refuse(event.client, event.reason, "refused" if event.final else "not taking part yet")
             case events.RunWaiting():
                 self._line(
                     f"  waiting for clients: {event.here} of {event.needed} are here, {duration(event.left_s)} are left for the others"
@@ -140,13 +140,13 @@ class RunView:
             case _:
                 pass
 
-    def _refuse(self, client: str, reason: str, when: str = "") -> None:
-        """Name who refuses, once for each of its reasons."""
+    def _refuse(self, client: str, reason: str, how: str) -> None:
+        """Name who does not take part, once for each of its reasons."""
         if self._refused.get(client) == reason:
             return
         self._refused[client] = reason
         if len(self._refused) <= MOST_REFUSED:
-            self._line(f"  refused{f' {when}' if when else ''}: {client}: {indented(reason, 4)}")
+            self._line(f"  {how}: {client}: {indented(reason, 4)}")
 
     def _start(self, event: events.RunStarted) -> None:
         again = self.started is not None

@@ -55,6 +55,7 @@ def test_who_refuses_is_named_once_and_waiting_is_not_silent(capsys):
         events.ClientDropped("run-1", 1, "b", "budget: spent", refused=True),
         events.ClientDropped("run-1", 2, "b", "budget: spent", refused=True),
         events.ClientRefused("run-1", "c", "policy: tasks: no\n  ask for another", final=True),
+        events.ClientRefused("run-1", "d", "no reply within 120 s"),
     ]
     _, lines = shown(capsys, *feed)
     assert lines[:3] == [
@@ -62,7 +63,7 @@ def test_who_refuses_is_named_once_and_waiting_is_not_silent(capsys):
         "      ask for another",
         "  waiting for clients: 1 of 2 are here, 10 min are left for the others",
     ]
-    assert lines[5:] == ["  refused in round 1: b: budget: spent"]
+    assert lines[5:] == ["  refused in round 1: b: budget: spent", "  not taking part yet: d: no reply within 120 s"]
 
 
 def test_what_went_wrong_is_said_where_it_happened(capsys):

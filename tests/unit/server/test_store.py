@@ -109,7 +109,7 @@ def test_events_of_one_kind_are_found_among_others(store: Store) -> None:
     store.add_events([(run, number, events.to_json(event, 0.0)) for number, event in enumerate(told)])
 
     def found(kind: str, **more: Any) -> list[events.Event]:
-        return [events.from_json(line)[0] for line in store.events_of(run, kind, **{"limit": 9} | more)]
+        return [events.from_json(line)[0] for _, line in store.events_of(run, kind, **{"limit": 9} | more)]
 
     assert found("ClientRefused") == [told[0], told[3]]
     assert found("ClientRefused", newest=True, limit=1) == [told[3]]
