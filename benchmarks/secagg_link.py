@@ -9,6 +9,7 @@ messages; in the others each site takes the local steps of workload W1 (a CNN of
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import functools
 import os
@@ -171,7 +172,7 @@ def rounds_of(
 
         initial = initial_weights(workload()[1].task, workload()[0])
     run, journal = f"run-{number}", DictJournal()
-    backend = GridBackend(grid, RequestEncoder(run, this.to_json(), "bench"), name_of)
+    backend = GridBackend(grid, RequestEncoder(run, this.to_json(), "bench", model_with_shares=True), name_of)
     secure = None
     if masked:
         secure = MaskedRounds(this, run, strategy, initial, backend, journal, CertificateEnrolment(ca_pem))
@@ -276,13 +277,19 @@ def page(found: dict[tuple[str, bool], dict[str, float]]) -> str:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--sites"]:
-        folder, address, *names = sys.argv[2:]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.secagg_link", description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"write the page to {RESULTS.name}, too")
+    parser.add_argument(
+        "--sites", nargs="+", help=argparse.SUPPRESS
+    )  # folder, address and names: what this starts itself
+    options = parser.parse_args()
+    if options.sites:
+        folder, address, *names = options.sites
         asyncio.run(sites(Path(folder), address, names))
         return 0
     shown = page(measure())
     print(shown)
-    if "--write" in sys.argv:
+    if options.write:
         RESULTS.write_text(shown, encoding="utf-8")
     return 0
 

@@ -159,8 +159,10 @@ async def _serve(
     crew = Crew(own_root(), None if app.root == own_root() and app.native else options.app_dir, name)
     config = node_config(options, name)
     handle: Callable[[Message], Awaitable[Message]]
+    site = None
     if app.native:
-        handle = Site(crew, rules, gate, config, accounts, site_masking(bundle, app)).handle
+        site = Site(crew, rules, gate, config, accounts, site_masking(bundle, app))
+        handle = site.handle
     else:
         handle = ForeignSite(crew, config, app.config).handle
     facts = {"task": options.task or "", "device": options.device}
@@ -180,6 +182,8 @@ async def _serve(
         for task in (link, worker):
             task.cancel()
         await asyncio.gather(link, worker, return_exceptions=True)
+        if site is not None:
+            site.close()
         await crew.close()
 
 

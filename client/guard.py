@@ -212,6 +212,11 @@ def guard_of(study_text: str, account: str) -> Guard | None:
     return Guard(study, plan, strategy, account)
 
 
+def is_noisy(guard: Guard | None) -> bool:
+    """Whether an update has noise of its own, for each attempt. A server that adds noise sees the sum that was opened without it."""
+    return guard is not None and not guard.plan.central
+
+
 def _read(decode: Callable[[RecordDict], T], reply: RecordDict) -> T:
     """What the worker answered. Its own words, which an error would repeat, stay here."""
     try:

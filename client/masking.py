@@ -88,7 +88,7 @@ class Masks:
     """
 
     def __init__(self, masking: Masking, study: Study) -> None:
-        self._masking, self._study = masking, study
+        self._masking, self.study = masking, study
 
     def answer(self, request: Request) -> RecordDict:
         """The answer to CHECK_IN, REVEAL or SHARE: public keys, a nonce, or sealed shares. Nothing of the data is in any.
@@ -97,10 +97,10 @@ class Masks:
             SecureAggregationError: what the server says is refused.
         """
         session, at = self._session(request)
-        plan = masking_plan(self._study, request.length)
+        plan = masking_plan(self.study, request.length)
         if request.exchange is Exchange.CHECK_IN:
             return messages.encode_said(b"", session.check_in(at, plan))
-        surplus = surplus_draw(self._study, request.round, self._masking.client)
+        surplus = surplus_draw(self.study, request.round, self._masking.client)
         said = session.reveal if request.exchange is Exchange.REVEAL else session.share
         return messages.encode_said(said(at, plan, self._subject(request), request.body, surplus=surplus))
 
@@ -124,7 +124,7 @@ class Masks:
             SecureAggregationError: this site holds no keys of the attempt.
             UpdateError: the update is not what the study's strategy releases.
         """
-        study = self._study
+        study = self.study
         vectors = Vectors.of(study, self._masking.strategy_of(study), specs_of(request.model))
         if vectors.length != request.length:
             raise RemoteProtocolError(
@@ -142,11 +142,11 @@ class Masks:
 
     def next_check_in(self, request: Request) -> bytes:
         """Keys for the first attempt at the next round; empty where there is none to come."""
-        if request.round >= self._study.rounds:
+        if request.round >= self.study.rounds:
             return b""
         session, _ = self._session(request)
         try:
-            return session.check_in(AttemptId(request.round + 1, 1), masking_plan(self._study, request.length))
+            return session.check_in(AttemptId(request.round + 1, 1), masking_plan(self.study, request.length))
         except SecureAggregationError:  # a later attempt was asked for meanwhile
             return b""
 
@@ -170,7 +170,7 @@ class Masks:
 
     def _subject(self, request: Request) -> bytes:
         """What the request says is trained with; of a TRAIN's arrays the site has checked that they are what it says."""
-        return subject_of(self._study, request.model_digest)
+        return subject_of(self.study, request.model_digest)
 
     def _session(self, request: Request) -> tuple[MaskingSession, AttemptId]:
         if request.round < 1 or not 1 <= request.attempt <= NUMBER_LIMIT:

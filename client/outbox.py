@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flwr.app import RecordDict
 
 from client import records
-from fedlearn.errors import PolicyRefusedError
-from fedlearn.release.keys import EVALUATE, TRAIN
+from fedlearn.errors import PolicyRefusedError, RemoteProtocolError
+from fedlearn.release.keys import EVALUATE, TRAIN, AttemptId, ReleaseKey
 from fedlearn.release.records import Finished, InProgress, Refusal, Refused, Reserved
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Coroutine
 
-    from fedlearn.release.keys import ReleaseKey
+    from fedlearn.learning.messages import Request
     from fedlearn.release.site import SiteGate
 
 log = logging.getLogger("fedlearn.client")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One release, and how it is made.
+
+    Args:
+        key: its name.
+        reserve: asks the gate.
+        compute: the work, and the memory after it. May be cancelled when nobody waits any more.
+        seal: what the work becomes before it may leave. Masks are used once, so from here on it goes through to the commit, waited for or not.
+    """
+
+    key: ReleaseKey
+    reserve: Callable[[], Reserved | Finished | InProgress | Refused]
+    compute: Callable[[Reserved], Awaitable[tuple[RecordDict, bytes | None]]]
+    seal: Callable[[RecordDict], RecordDict]
 
 
 class Outbox:
@@ -36,42 +55,29 @@ class Outbox:
         self._computing: dict[ReleaseKey, asyncio.Event] = {}
         self._running: set[asyncio.Task[Any]] = set()
 
-    async def released(
-        self,
-        key: ReleaseKey,
-        reserve: Callable[[], Reserved | Finished | InProgress | Refused],
-        compute: Callable[[Reserved], Awaitable[tuple[RecordDict, bytes | None]]],
-        seal: Callable[[RecordDict], RecordDict],
-    ) -> bytes:
-        """The committed bytes of a release: computed once, whoever asks how often.
-
-        Args:
-            key: its name.
-            reserve: asks the gate.
-            compute: the work, and the memory after it. May be cancelled when nobody waits any more.
-            seal: what the work becomes before it may leave. Masks are used once, so from here on it goes through to the commit, waited for or not.
-        """
+    async def released(self, job: Job) -> bytes:
+        """The committed bytes of a release: computed once, whoever asks how often."""
+        key = job.key
         while (other := self._computing.get(key)) is not None:
             await other.wait()
         self._computing[key] = asyncio.Event()
         try:
-            answer = await self.at_gate(reserve)
+            answer = await self.at_gate(job.reserve)
             if isinstance(answer, Finished):
                 log.info("%s: sent again, %d bytes, computed once", key.at, len(answer.payload))
                 self._computing.pop(key).set()
                 return answer.payload
-            content, state = await compute(_granted(key, answer))
+            content, state = await job.compute(_granted(key, answer))
         except BaseException:
             # Nothing was committed, so nothing can have left: the reservation goes back. Not awaited: this may be a cancellation.
             self._go_on(self._given_back(key))
             raise
-        return await asyncio.shield(self._go_on(self._sealed(key, content, state, seal)))
+        return await asyncio.shield(self._go_on(self._sealed(job, content, state)))
 
-    async def _sealed(
-        self, key: ReleaseKey, content: RecordDict, state: bytes | None, seal: Callable[[RecordDict], RecordDict]
-    ) -> bytes:
+    async def _sealed(self, job: Job, content: RecordDict, state: bytes | None) -> bytes:
+        key = job.key
         try:
-            payload = await asyncio.to_thread(lambda: records.pack(seal(content)))
+            payload = await asyncio.to_thread(lambda: records.pack(job.seal(content)))
             finished = await self.at_gate(lambda: self._gate.commit(key, payload, state=state))
         except BaseException:
             self._go_on(self._given_back(key))
@@ -100,6 +106,19 @@ class Outbox:
     async def _alone_at_gate(self, call: Callable[..., T], *args: Any) -> T:
         async with self._gate_lock:
             return await asyncio.to_thread(call, *args)
+
+
+def key_of(request: Request, exchange: str) -> ReleaseKey:
+    """The name of the release that a request asks for."""
+    try:
+        return ReleaseKey(request.run, request.round, request.attempt, exchange, request.model_digest)
+    except ValueError as error:
+        raise RemoteProtocolError(f"message: {error}") from None
+
+
+def base_of(request: Request) -> AttemptId | None:
+    """The last attempt that the server committed with this client in it, as a request names it."""
+    return None if request.base is None else AttemptId(*request.base)
 
 
 async def no_work(_reserved: Reserved) -> tuple[RecordDict, bytes | None]:

@@ -12,15 +12,16 @@ from flwr.app import Message, RecordDict
 
 from client import records
 from client.compute import compute
-from client.guard import Guard, guard_of, withheld
-from client.outbox import Outbox, no_work, refusal
+from client.guard import Guard, guard_of, is_noisy, withheld
+from client.masked import MaskedReleases
+from client.outbox import Job, Outbox, base_of, key_of, refusal
 from fedlearn.errors import FedlearnError, PolicyRefusedError, RemoteProtocolError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange
 from fedlearn.learning.checkpoint import broadcast_digest
 from fedlearn.learning.heads import put_heads, take_heads
 from fedlearn.learning.strategy import ServerState
-from fedlearn.release.keys import AGREE, EVALUATE, TRAIN, UNMASK, AttemptId, ReleaseKey
+from fedlearn.release.keys import EVALUATE, TRAIN
 from fedlearn.release.records import Finished, InProgress, Refused, Reserved
 
 if TYPE_CHECKING:
@@ -69,7 +70,12 @@ class Site:
         self._masking = masking
         self._node_config = dict(node_config)
         self._outbox = Outbox(gate)
+        self._masked = MaskedReleases(gate, self._outbox, self._training)
         self._failed = 0
+
+    def close(self) -> None:
+        """Give up what was begun and not asked for."""
+        self._masked.begun.close()
 
     async def handle(self, message: Message) -> Message:
         """The reply to one message.
@@ -126,20 +132,25 @@ class Site:
     async def _answer(
         self, message: Message, request: Request, masks: Masks | None, guard: Guard | None = None
     ) -> Message:
-        if request.exchange in messages.KEYED:
-            return Message(await self._keyed(request, masks, guard), reply_to=message)
-        if request.exchange is Exchange.TRAIN:
-            content = records.unpack(await self._train(message, request, masks, guard))
+        if masks is None and request.exchange in messages.KEYED:
+            raise RemoteProtocolError(
+                f"message: the server asks for {request.exchange.value} in a study without secure aggregation"
+            )
+        if request.exchange in {Exchange.TRAIN, *messages.KEYED}:
             if masks is not None:
-                content = messages.with_entry(content, await asyncio.to_thread(masks.next_check_in, request))
-            if guard is not None and await self._outbox.at_gate(self._was_last, request, guard):
-                content = messages.with_last(content)
+                content = await self._masked.answer(message, request, masks, guard)
+            else:
+                job, _ = await self._training(message, request, guard)
+                content = records.unpack(await self._outbox.released(job))
+            if request.exchange is Exchange.TRAIN and guard is not None:
+                content = await self._outbox.at_gate(self._marked, content, request, guard)
             return Message(content, reply_to=message)
         if guard is not None:
             if request.exchange is Exchange.EVALUATE:
                 return Message(records.unpack(await self._scored(message, request, guard)), reply_to=message)
             if request.exchange is Exchange.CLOSE:
                 await self._outbox.at_gate(self._closed, request, guard)
+                self._masked.begun.closed(request.run)
                 return Message(messages.encode_description(str(self._node_config["client-id"]), {}), reply_to=message)
             return Message(await self._described(message, request, guard), reply_to=message)
         state = None
@@ -147,31 +158,6 @@ class Site:
             state = await self._outbox.at_gate(self._settled_state, request)
         reply, _ = await self._compute(message, request.run, state, None)
         return reply
-
-    async def _keyed(self, request: Request, masks: Masks | None, guard: Guard | None) -> RecordDict:
-        """Keys and shares are answered by whoever has them; who is in a sum is signed, and it is opened, through the gate, once each."""
-        if masks is None:
-            raise RemoteProtocolError(
-                f"message: the server asks for {request.exchange.value} in a study without secure aggregation"
-            )
-        if request.exchange not in {Exchange.AGREE, Exchange.UNMASK}:
-            at = AttemptId(request.round, request.attempt)
-            refused = None if _noisy(guard) else await self._outbox.at_gate(self._gate.reopened, request.run, at)
-            if refused is not None:  # as its update would be, so that nobody counts on it
-                raise refusal(refused)
-            return await asyncio.to_thread(masks.answer, request)
-
-        base = None if request.base is None else AttemptId(*request.base)
-        agrees = request.exchange is Exchange.AGREE
-        key, answer = (_key(request, AGREE), masks.agreement) if agrees else (_key(request, UNMASK), masks.opening)
-        return records.unpack(
-            await self._outbox.released(
-                key,
-                lambda: self._gate.reserve(key, base=base, request=request.body),
-                no_work,
-                lambda _content: messages.encode_said(answer(request)),
-            )
-        )
 
     async def _described(self, message: Message, request: Request, guard: Guard) -> RecordDict:
         """Who this site is, and no more; only where the run's first charge has room.
@@ -197,38 +183,35 @@ class Site:
 
     async def _scored(self, message: Message, request: Request, guard: Guard) -> bytes:
         """An evaluation under a plan: a release like an update, with a charge of its own. The worker is given no memory for it."""
-        key, charge = _key(request, EVALUATE), guard.evaluation(request)
+        key, charge = key_of(request, EVALUATE), guard.evaluation(request)
         await asyncio.to_thread(_broadcast, message, request)
-        base = None if request.base is None else AttemptId(*request.base)
+        base = base_of(request)
 
         async def score(_reserved: Reserved) -> tuple[RecordDict, bytes | None]:
             reply, _ = await self._compute(message, key.run, None, guard)
             return reply.content, None
 
-        return await self._outbox.released(
-            key, lambda: self._gate.reserve(key, base=base, charge=charge), score, guard.scores
-        )
+        job = Job(key, lambda: self._gate.reserve(key, base=base, charge=charge), score, guard.scores)
+        return await self._outbox.released(job)
 
-    async def _train(self, message: Message, request: Request, masks: Masks | None, guard: Guard | None) -> bytes:
-        key = _key(request, TRAIN)
+    async def _training(self, message: Message, request: Request, guard: Guard | None) -> tuple[Job, Request]:
+        """The release of an update, before masks, and the request with its arrays."""
+        key = key_of(request, TRAIN)
         asked = await asyncio.to_thread(_broadcast, message, request)
-        base = None if request.base is None else AttemptId(*request.base)
+        base = base_of(request)
         charge = None if guard is None else await self._outbox.at_gate(self._charge, request, guard)
 
         async def train(reserved: Reserved) -> tuple[RecordDict, bytes | None]:
-            if masks is not None:
-                await asyncio.to_thread(masks.expect, request)
             reply, state = await self._compute(message, key.run, reserved.state, guard)
             return reply.content, state
 
         def seal(content: RecordDict) -> RecordDict:
-            content = content if guard is None else guard.update(content, asked)
-            return content if masks is None else masks.masked(asked, content)
+            return content if guard is None else guard.update(content, asked)
 
         def reserve() -> Reserved | Finished | InProgress | Refused:
-            return self._gate.reserve(key, base=base, charge=charge, noisy=_noisy(guard))
+            return self._gate.reserve(key, base=base, charge=charge, noisy=is_noisy(guard))
 
-        return await self._outbox.released(key, reserve, train, seal)
+        return Job(key, reserve, train, seal), asked
 
     def _charge(self, request: Request, guard: Guard) -> Charge | None:
         """What an update costs. A run that is charged whole and was never asked who this site is, is charged now."""
@@ -238,18 +221,18 @@ class Site:
             raise refusal(refused)
         return charge
 
-    def _was_last(self, request: Request, guard: Guard) -> bool:
-        """Whether the budget has no room for another update of this run, which the server is told before it makes others train for one more round.
+    def _marked(self, content: RecordDict, request: Request, guard: Guard) -> RecordDict:
+        """An update's reply; marked where the budget has no room for another one of this run: the server is told before it makes others train for one more round.
 
         What is left of a budget follows from what was asked, never from the data.
         """
         if request.round >= guard.plan.rounds:
-            return False
+            return content
         charge = guard.charge(replace(request, round=request.round + 1, attempt=1))
-        last = charge is not None and not self._gate.fits(charge)
-        if last:
-            log.info("run %s: the budget has no room for an update after round %d's", request.run, request.round)
-        return last
+        if charge is None or self._gate.fits(charge):
+            return content
+        log.info("run %s: the budget has no room for an update after round %d's", request.run, request.round)
+        return messages.with_last(content)
 
     async def _compute(
         self, message: Message, run: str, state: bytes | None, guard: Guard | None
@@ -268,8 +251,7 @@ class Site:
         return withheld(run, error)
 
     def _settled_state(self, request: Request) -> bytes | None:
-        base = None if request.base is None else AttemptId(*request.base)
-        if (refused := self._gate.settle(request.run, base)) is not None:
+        if (refused := self._gate.settle(request.run, base_of(request))) is not None:
             raise refusal(refused)
         return self._gate.state(request.run)
 
@@ -294,11 +276,6 @@ def _check_asked(request: Request, study: Study) -> None:
         )
 
 
-def _noisy(guard: Guard | None) -> bool:
-    """Whether an update has noise of its own, for each attempt. A server that adds noise sees the sum that was opened without it."""
-    return guard is not None and not guard.plan.central
-
-
 def _broadcast(message: Message, request: Request) -> Request:
     """The request with its arrays. The key of a release names the broadcast that it answers: the broadcast must be what it says."""
     whole = messages.decode_request(message.content)
@@ -308,10 +285,3 @@ def _broadcast(message: Message, request: Request) -> Request:
             f"message: its model and shared arrays have the digest {digest[:16]}, it says {request.model_digest[:16]}"
         )
     return whole
-
-
-def _key(request: Request, exchange: str) -> ReleaseKey:
-    try:
-        return ReleaseKey(request.run, request.round, request.attempt, exchange, request.model_digest)
-    except ValueError as error:
-        raise RemoteProtocolError(f"message: {error}") from None

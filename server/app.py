@@ -52,6 +52,7 @@ def main(grid: Grid, context: Context) -> None:
 
     from fedlearn.learning.federation import Federation
     from fedlearn.learning.local import initial_weights
+    from fedlearn.link.grid import LinkGrid
 
     runtime: RunRuntime | None = getattr(grid, "runtime", None)
     study = _study(runtime, context)
@@ -63,7 +64,7 @@ def main(grid: Grid, context: Context) -> None:
     own = app_of(__file__)
     backend = GridBackend(
         grid,
-        RequestEncoder(run, study.to_json(), own.digest),
+        RequestEncoder(run, study.to_json(), own.digest, model_with_shares=isinstance(grid, LinkGrid)),
         client_name=runtime.client_name if runtime is not None else None,
         heads=runtime.heads if runtime is not None else None,
         emit=runtime.emit if runtime is not None else _log_event,

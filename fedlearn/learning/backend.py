@@ -25,7 +25,8 @@ class Exchange(StrEnum):
     REVEAL = "reveal"
     """Secure aggregation above 200 clients: who takes part; answered with what orders the graph."""
     SHARE = "share"
-    """Secure aggregation: who takes part, and above 200 clients the others' nonces; answered with shares of this client's secrets."""
+    """Secure aggregation: who takes part, and above 200 clients the others' nonces; answered with shares of this client's secrets. On our link it brings the model,
+    and training begins."""
     AGREE = "agree"
     """Secure aggregation, malicious profile or above 200 clients: whose vectors are in the sum; answered with a signature under just these."""
     UNMASK = "unmask"
@@ -176,7 +177,7 @@ class MaskedBackend(Protocol):
 
         Args:
             exchange: CHECK_IN, REVEAL, SHARE, TRAIN, AGREE or UNMASK.
-            work: the attempt; only TRAIN sends its model.
+            work: the attempt; its model is sent once, with TRAIN or already with SHARE.
             bodies: by client, what it is told.
             length: coordinates of an update.
         """

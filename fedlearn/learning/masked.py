@@ -2,6 +2,9 @@
 
     [CHECK_IN] -> [REVEAL ->] SHARE -> TRAIN -> [AGREE ->] UNMASK
 
+On our link SHARE brings the model down and training begins with it: shares, and their way through the coordinator, cost a round no time of their own. TRAIN then brings what
+the others sealed, and asks for the update. On stock Flower, where a client does one thing at a time, the model comes with TRAIN.
+
 Check-ins for a round ride on the masked vectors of the one before; who has sent none is asked. The setup (roster and shares) is durable
 before the first masked vector is taken, so a coordinator that comes back goes on with the same keys; killed earlier, it asks again. Survivors are durable
 before anybody is asked about them, and what they agreed upon before anybody is asked to open: a client answers either once.
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 KEYS_S: Final = 60.0
 """How long an exchange of keys or shares waits: they are answered at once, by whoever is there."""
+SLOW_BYTES_PER_S: Final = 1e6
+"""The slowest line that a model on its way down with SHARE is waited for."""
 
 
 class MaskedRounds(SecureRounds):
@@ -243,8 +248,16 @@ class MaskedRounds(SecureRounds):
         if not work.cohort:
             return iter(())
         if exchange is not Exchange.TRAIN:
-            work = replace(work, deadline_s=min(work.deadline_s, KEYS_S))
+            work = replace(work, deadline_s=min(work.deadline_s, _patience_s(exchange, work)))
         return self._backend.secure(exchange, work, bodies, self.vectors.length)
+
+
+def _patience_s(exchange: Exchange, work: Work) -> float:
+    """How long an exchange around training waits: SHARE for the model, too, which rides on it on our link."""
+    if exchange is not Exchange.SHARE:
+        return KEYS_S
+    size = sum(array.nbytes for arrays in (work.model, work.shared) for array in arrays.values())
+    return KEYS_S + size / SLOW_BYTES_PER_S
 
 
 def _is_unmasking(machine: RoundMachine[bytes, SecureSum]) -> bool:

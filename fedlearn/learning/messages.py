@@ -31,7 +31,8 @@ RECORD: Final = "fedlearn"
 PRIVATE: Final = "private."
 MASKED: Final = "masked"
 KEYED: Final = frozenset({Exchange.CHECK_IN, Exchange.REVEAL, Exchange.SHARE, Exchange.AGREE, Exchange.UNMASK})
-"""Exchanges of secure aggregation whose messages hold no model."""
+"""Exchanges of secure aggregation that an agent answers itself. Their messages hold no model, but for SHARE's where it rides ahead of TRAIN's."""
+MODEL: Final = "model"
 MESSAGE_TYPES: Final = {
     Exchange.DESCRIBE: MessageType.QUERY,
     Exchange.TRAIN: MessageType.TRAIN,
@@ -95,11 +96,20 @@ class Request:
 
 
 class RequestEncoder:
-    """Encodes a cohort's requests; arrays are encoded once and shared by all of them."""
+    """Encodes a cohort's requests; arrays are encoded once and shared by all of them.
 
-    def __init__(self, run: str, study: str, app: str) -> None:
+    Args:
+        run: see `Request`.
+        study: see `Request`.
+        app: see `Request`.
+        model_with_shares: whether a masked round's model rides on SHARE, and its TRAIN brings none: our own agents train while shares are
+            exchanged. A Flower node does one thing at a time.
+    """
+
+    def __init__(self, run: str, study: str, app: str, *, model_with_shares: bool = False) -> None:
         self.run: Final = run
         self._study, self._app = study, app
+        self._model_with_shares = model_with_shares
 
     def describe(self) -> RecordDict:
         """The request that asks a client who it is."""
@@ -113,7 +123,9 @@ class RequestEncoder:
         self, exchange: Exchange, work: Work, bodies: Mapping[str, bytes] | None = None, length: int = 0
     ) -> Mapping[str, RecordDict]:
         """One request a client of the cohort, by client id; with `bodies` and `length` one of secure aggregation."""
-        arrays = {} if exchange in KEYED else {"model": to_record(work.model), "shared": to_record(work.shared)}
+        arrays = {}
+        if self._brings_model(exchange, masked=bodies is not None):
+            arrays = {MODEL: to_record(work.model), "shared": to_record(work.shared)}
         requests = {}
         for client in work.cohort:
             base = work.base.get(client)
@@ -128,6 +140,11 @@ class RequestEncoder:
                 facts |= {"body": bodies[client], "length": length}
             requests[client] = RecordDict({RECORD: ConfigRecord(facts), **arrays})
         return requests
+
+    def _brings_model(self, exchange: Exchange, *, masked: bool) -> bool:
+        if masked and self._model_with_shares:
+            return exchange is Exchange.SHARE
+        return exchange not in KEYED
 
     def _facts(self, exchange: Exchange) -> dict[str, Any]:
         return {
@@ -148,7 +165,7 @@ def decode_request(content: RecordDict) -> Request:
     request = decode_facts(content)
     if request.exchange in {Exchange.DESCRIBE, Exchange.CLOSE, *KEYED}:
         return request
-    return replace(request, model=from_record(content, "model"), shared=from_record(content, "shared"))
+    return replace(request, model=from_record(content, MODEL), shared=from_record(content, "shared"))
 
 
 def decode_facts(content: RecordDict) -> Request:
@@ -176,6 +193,17 @@ def decode_facts(content: RecordDict) -> Request:
         body=_bytes(facts, "body") if "body" in facts else b"",
         length=_number(facts, "length") if "length" in facts else 0,
     )
+
+
+def brings_model(content: RecordDict) -> bool:
+    """Whether a request has arrays to train on."""
+    return MODEL in content
+
+
+def as_training(content: RecordDict) -> RecordDict:
+    """A SHARE that brought the model as the TRAIN that an app answers: the same work, without what it said to the agent."""
+    facts = {**_facts_of(content), "exchange": Exchange.TRAIN.value, "body": b""}
+    return RecordDict({**content, RECORD: ConfigRecord(facts)})
 
 
 def check_type(exchange: Exchange, message_type: str) -> None:

@@ -8,6 +8,7 @@ Array bytes stay out of Flower's protobuf: a message becomes metadata bytes and 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import uuid
@@ -82,6 +83,13 @@ def stamp(message: Message, **fields: Any) -> None:
 def without_content(message: Message) -> Message:
     """The same metadata with an empty content, so that a pending message holds no arrays."""
     return _make(message.metadata, RecordDict(), None)
+
+
+def as_type(message: Message, message_type: str, content: RecordDict) -> Message:
+    """Another content under the same metadata, asked of the function that answers `message_type`."""
+    metadata = copy.copy(message.metadata)
+    metadata.message_type = message_type
+    return _make(metadata, content, None)
 
 
 def error_reply(origin: Message, code: int, reason: str) -> Message:

@@ -258,8 +258,10 @@ class SiteGate:
         return self._payload(known)
 
     def abandon(self, key: ReleaseKey) -> None:
-        """Give a reservation back: the computation failed and nothing left. Unknown keys are ignored."""
-        self._runs[key.run].holds.pop((key.at, key.exchange), None)
+        """Give a reservation back: the computation failed and nothing left. Unknown keys are ignored, as is one that was refused because another has its place."""
+        holds, slot = self._runs[key.run].holds, (key.at, key.exchange)
+        if (hold := holds.get(slot)) is not None and hold.key == key:
+            del holds[slot]
 
     def acknowledged(self, key: ReleaseKey) -> None:
         """The coordinator will never ask for these bytes again: prune them and keep the record. Repeats are ignored."""

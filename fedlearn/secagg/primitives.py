@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, unique
+from functools import lru_cache
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -32,6 +33,8 @@ Draw = Callable[[int], bytes]
 SECRET_BYTES: Final = 32
 KEY_BYTES: Final = 32
 TAG_BYTES: Final = 16
+POINTS: Final = 1024
+"""Public keys that are kept as points: three for each client of a round of 200, and identities for more."""
 SALT: Final = b"fedlearn/secagg/v1"
 _P256_ORDER: Final = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 _P25519: Final = 2**255 - 19
@@ -135,10 +138,7 @@ def agree(suite: Suite, secret: bytes, public: bytes) -> bytes:
     Raises:
         SecureAggregationError: BAD_KEY: not a point, or of low order.
     """
-    if suite is Suite.P256_AES256:
-        own = ec.derive_private_key(int.from_bytes(secret, "big"), ec.SECP256R1())
-        return own.exchange(ec.ECDH(), _p256_point(public))
-    return Agreement(secret).with_public(public)
+    return agreement(suite, secret)(public)
 
 
 class Agreement:
@@ -162,11 +162,14 @@ class Agreement:
 def agreement(suite: Suite, secret: bytes) -> Callable[[bytes], bytes]:
     """`agree` with the secret parsed once."""
     if suite is Suite.P256_AES256:
-        return lambda public: agree(suite, secret, public)
+        own = ec.derive_private_key(int.from_bytes(secret, "big"), ec.SECP256R1())
+        return lambda public: own.exchange(ec.ECDH(), _p256_point(public))
     return Agreement(secret).with_public
 
 
+@lru_cache(maxsize=POINTS)
 def _p256_point(public: bytes) -> ec.EllipticCurvePublicKey:
+    """A point from its compressed form, whose other half is a square root: it costs as much as an agreement, and each is needed two or three times a round."""
     try:
         return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), public)
     except ValueError:

@@ -115,7 +115,9 @@ def test_the_link_ends_with_the_simulations_bytes(net, overrides):
 
 def test_at_most_two_exchanges_more_from_the_second_round_on(net):
     net.sites.replies.clear()
+    net.sites.models.clear()
     net.run(study_of("evaluate.every=0"))
+    assert sorted(net.sites.models) == sorted((name, Exchange.SHARE) for name in CLIENTS for _ in range(3))
     asked = [exchange for _, exchange, _ in net.sites.replies]
     # Who opens is asked, but a sum that enough have opened waits for nobody.
     assert [asked.count(exchange) for exchange in ORDER[:3]] == [4, 12, 12]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from flwr.app import Message
 
@@ -18,7 +19,7 @@ from client.site import Site
 from client.worker import _answer
 from fedlearn.app import load_app
 from fedlearn.learning.backend import Exchange
-from fedlearn.learning.messages import decode_facts
+from fedlearn.learning.messages import brings_model, decode_facts
 from fedlearn.link import TlsBundle
 from fedlearn.privacy.budget import EpsilonCharger
 from fedlearn.release.charge import Charger, CostCharger
@@ -31,12 +32,23 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class Desk:
-    """`Crew` without processes."""
+    """`Crew` without processes.
+
+    Attributes:
+        works: called in the worker's thread before each answer.
+        calls: how often it was asked.
+    """
+
+    def __init__(self) -> None:
+        self.works: Callable[[], None] = lambda: None
+        self.calls = 0
 
     async def call(self, run: str, frame: Frame) -> Frame:
         return await asyncio.to_thread(self._work, frame)
 
     def _work(self, frame: Frame) -> Frame:
+        self.calls += 1
+        self.works()
         with _ONE_AT_A_TIME:
             return _answer(client_app, frame)
 
@@ -51,6 +63,8 @@ class DeskSites:
 
     Attributes:
         meets: told of each request before it is answered: `meets(site, exchange, round, attempt)`. Raises to lose it.
+        desks: their workers, by name.
+        models: every request that brought a model, by site and exchange.
         replies: every reply that left, by site and exchange.
     """
 
@@ -65,8 +79,10 @@ class DeskSites:
         self.meets: Callable[[str, Exchange, int, int], None] = lambda *_asked: None
         self._disks: dict[str, MemoryDisk] = {}
         self._sites: dict[str, Site] = {}
+        self.desks: dict[str, Desk] = {}
         self._gates: dict[str, SiteGate] = {}
         self._bundles: dict[str, TlsBundle] = {}
+        self.models: list[tuple[str, Exchange]] = []
         self.replies: list[tuple[str, Exchange, Message]] = []
 
     def handler(self, bundle: TlsBundle):
@@ -77,6 +93,8 @@ class DeskSites:
 
         async def handle(message: Message) -> Message:
             facts = decode_facts(message.content)
+            if brings_model(message.content):
+                self.models.append((name, facts.exchange))
             self.meets(name, facts.exchange, facts.round, facts.attempt)
             reply = await self._sites[name].handle(message)
             self.replies.append((name, facts.exchange, reply))
@@ -97,7 +115,8 @@ class DeskSites:
         book = None if accounts is None else accounts.ledger
         gate = self._gates[name] = SiteGate(MemoryJournal(self._disks[name]), charger, self._rules.gate(), book)
         config = {"client-id": name, "device": "cpu", BY_AGENT: True}
-        self._sites[name] = Site(Desk(), self._rules, gate, config, accounts, site_masking(self._bundles[name], app))
+        crew: Any = self.desks.setdefault(name, Desk())
+        self._sites[name] = Site(crew, self._rules, gate, config, accounts, site_masking(self._bundles[name], app))
 
     def releases(self, name: str) -> list[Release]:
         """What a site's gate has committed."""

@@ -37,12 +37,15 @@ class Coordinator:
         bundles: their certificates.
         study: what is asked for where a test says nothing else.
         rules: the sites' policy.
+        accounts_of: see `DeskSites`.
+        model_with_shares: whether the model rides on SHARE, as on our link, or on TRAIN.
     """
 
-    def __init__(self, bundles, study=MASKED, rules=None):
+    def __init__(self, bundles, study=MASKED, rules=None, accounts_of=None, *, model_with_shares=True):
+        self._model_with_shares = model_with_shares
         flower.ensure_identity(7)
         self.bundles, self.study, self.run = bundles, study, f"run-{next(RUNS)}"
-        self.sites = DeskSites(NAME, rules=rules)
+        self.sites = DeskSites(NAME, rules=rules, accounts_of=accounts_of)
         self._handlers = {name: self.sites.handler(bundle) for name, bundle in bundles.items()}
 
     def message(
@@ -50,7 +53,8 @@ class Coordinator:
     ):
         """A request; `facts` overwrite what it says of itself, `kind` its type."""
         kind = facts.pop("kind", messages.MESSAGE_TYPES[exchange])
-        encoder = messages.RequestEncoder(run or self.run, (study or self.study).to_json(), "any")
+        text, ahead = (study or self.study).to_json(), self._model_with_shares
+        encoder = messages.RequestEncoder(run or self.run, text, "any", model_with_shares=ahead)
         digest = broadcast_digest(ServerState(model, {}))
         work = Work(at[0], at[1], (name,), model, {}, digest, {}, 60.0)
         content = encoder.encode(exchange, work, {name: body}, length)[name]

@@ -103,6 +103,12 @@ def link_net(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await server.stop(1.0)
+            begun = [task for task in asyncio.all_tasks() if task.get_name() == "training"]
+            for task in begun:  # that nobody asked for
+                task.cancel()
+            await asyncio.gather(*begun, return_exceptions=True)
+            if rest := asyncio.all_tasks() - {asyncio.current_task()}:  # their reservations go back
+                await asyncio.wait(rest, timeout=5.0)
 
         on_loop(stop())
         loop.call_soon_threadsafe(loop.stop)

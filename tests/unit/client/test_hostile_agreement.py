@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from client.guard import guard_of
+from client.guard import guard_of, is_noisy
 from client.policy import MaskRules, SiteRules
-from client.site import _noisy
 from fedlearn.errors import PolicyRefusedError
 from fedlearn.learning.backend import Exchange
 from fedlearn.link.tls import Role, TlsBundle, create_authority, issue
@@ -142,4 +141,4 @@ def test_whose_noise_lets_an_update_leave_again(plan, noisy):
     values = ", ".join(f"{key}={json.dumps(value)}" for key, value in plan.items())
     masks = "secure_aggregation={enabled=true, max_clients=4}"
     study = tiny_study("train.batch_size=32", "cohort.wait_for=4", masks, f"privacy={{{values}}}")
-    assert _noisy(guard_of(study.to_json(), "tiny")) is noisy
+    assert is_noisy(guard_of(study.to_json(), "tiny")) is noisy

@@ -61,6 +61,28 @@ def test_requests_come_back(model, shared, bases):
             assert same(back.shared, shared)
 
 
+@given(ARRAYS, ARRAYS)
+@settings(deadline=None)
+def test_a_model_that_rides_on_shares_is_an_apps_training(model, shared):
+    work = Work(7, 2, ("a",), model, shared, "digest", {"a": (6, 1)}, 60.0)
+    encoder = messages.RequestEncoder("run", '{"study":1}', "app", model_with_shares=True)
+
+    def encoded(exchange, bodies):
+        return sent(encoder.encode(exchange, work, bodies, 9 if bodies else 0)["a"])
+
+    asked = encoded(Exchange.SHARE, {"a": b"roster"})
+    assert messages.decode_request(asked).body == b"roster"
+    back = messages.decode_request(messages.as_training(asked))
+    assert (back.exchange, back.body, back.length) == (Exchange.TRAIN, b"", 9)
+    assert same(back.model, model)
+    assert same(back.shared, shared)
+    assert (back.round, back.attempt, back.model_digest, back.base) == (7, 2, "digest", (6, 1))
+    assert messages.decode_facts(asked).exchange is Exchange.SHARE, "the message itself is left as it is"
+    assert not messages.brings_model(encoded(Exchange.TRAIN, {"a": b"sealed"}))
+    assert messages.brings_model(encoded(Exchange.TRAIN, None)), "of a plain round"
+    assert messages.brings_model(encoded(Exchange.EVALUATE, None))
+
+
 def test_the_first_question_carries_no_model():
     back = messages.decode_request(sent(messages.RequestEncoder("run", "{}", "app").describe()))
     assert back == messages.Request("run", Exchange.DESCRIBE, "{}", "app")

@@ -112,6 +112,16 @@ def test_a_reply_is_turned_into_an_error(message):
     assert back.error.reason == "too big"
 
 
+def test_another_function_is_asked_under_the_same_metadata(message):
+    kind = message.metadata.message_type
+    asked = flower.as_type(message, "query.other", RecordDict())
+    assert not list(asked.content)
+    assert asked.metadata.message_type == "query.other"
+    assert asked.metadata.message_id == message.metadata.message_id
+    assert asked.metadata.src_node_id == message.metadata.src_node_id
+    assert message.metadata.message_type == kind
+
+
 def test_a_pending_message_holds_no_arrays(message):
     assert not list(flower.without_content(message).content)
     assert list(message.content)

@@ -250,6 +250,14 @@ class TestOneKeyOnePayload:
         assert refusal(site.gate.reserve(other, charge=COST)) is Refusal.OTHER_MODEL
         assert site.spent() == 1
 
+    def test_who_is_refused_for_it_gives_back_nothing_of_the_first(self, site: Site) -> None:
+        other = replace(KEY, model_digest="other")
+        site.gate.reserve(KEY, charge=COST)
+        assert refusal(site.gate.reserve(other, charge=COST)) is Refusal.OTHER_MODEL
+        site.gate.abandon(other)
+        assert site.spent() == 1
+        assert isinstance(site.gate.commit(KEY, b"bytes"), Finished)
+
     def test_a_commit_under_another_model(self, site: Site) -> None:
         site.gate.reserve(KEY)
         with pytest.raises(LocalProtocolError, match="not reserved"):
