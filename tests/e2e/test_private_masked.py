@@ -10,8 +10,11 @@ from client.accounts import Accounts, ledger_folder
 from client.policy import load_rules
 from fedlearn import events
 from fedlearn.arrays import digest
+from fedlearn.errors import RunFailedError
 from fedlearn.learning.backend import Exchange
 from fedlearn.learning.messages import MASKED
+from fedlearn.privacy.study import plan_of
+from fedlearn.release.charge import Charge
 from fedlearn.release.keys import TRAIN, UNMASK
 from tests.e2e.test_secure_aggregation import Net
 from tests.support.desk_site import DeskSites
@@ -41,7 +44,7 @@ def net(tmp_path_factory):
     sites.close()
 
 
-def study_of(*, seeded):
+def study_of(*, seeded, more=()):
     private = PRIVATE.replace("SEEDED", str(seeded).lower())
     return tiny_study(
         f"privacy={private}",
@@ -49,6 +52,7 @@ def study_of(*, seeded):
         "secure_aggregation.max_clients=4",
         "evaluate.every=0",
         "runtime.deadline_s=20.0",
+        *more,
     )
 
 
@@ -72,3 +76,28 @@ def test_in_earnest_every_masked_update_is_charged_and_nothing_else_is(net):
         assert sum(r.key.exchange == TRAIN for r in releases) == 3
         assert {r.charge.account for r in releases if r.charge is not None} == {"tiny/record"}
         assert all(r.charge is None for r in releases if r.key.exchange == UNMASK)
+
+
+def test_a_refusal_for_good_charges_nobody_for_the_round(net):
+    """Another run takes what bob had left. He refuses before he shares keys: nobody is asked for an update, and there is no other attempt."""
+    study = study_of(seeded=False, more=("cohort.minimum=4", "runtime.max_attempts=5"))
+    asked = []
+
+    def meets(name, exchange, round_, attempt):
+        asked.append((round_, attempt, exchange))
+        if (name, exchange, round_) == ("bob", Exchange.SHARE, 2):
+            for rounds in (20, 1):
+                net.sites.spend("bob", Charge("tiny/record", plan_of(study).cost(rounds).to_text()))
+
+    with pytest.raises(RunFailedError, match="3 clients are left, needs 4; refused: bob: budget: epsilon"):
+        net.run(study, meets=meets)
+    run = net.runs[-1]
+    (dropped,) = run.of(events.ClientDropped)
+    assert (dropped.client, dropped.round, dropped.refused) == ("bob", 2, True)
+    assert [(void.round, void.attempt) for void in run.of(events.RoundVoid)] == [(2, 1)]
+    assert not [one for one in asked if one[0] == 2 and one[2] is Exchange.TRAIN]
+    for name in CLIENTS:
+        mine = [r for r in net.sites.releases(name) if r.key.run == run.of(events.RunStarted)[0].run]
+        assert [r.key.round for r in mine if r.charge is not None] == [1], (
+            f"{name} pays for the round that was committed"
+        )

@@ -22,7 +22,7 @@ from fedlearn.learning.backend import Exchange
 from fedlearn.learning.messages import brings_model, decode_facts
 from fedlearn.link import TlsBundle
 from fedlearn.privacy.budget import EpsilonCharger
-from fedlearn.release.charge import Charger, CostCharger
+from fedlearn.release.charge import Charge, Charger, CostCharger
 from fedlearn.release.journal import MemoryDisk, MemoryJournal
 from fedlearn.release.records import Release
 from fedlearn.release.site import SiteGate
@@ -121,6 +121,13 @@ class DeskSites:
     def releases(self, name: str) -> list[Release]:
         """What a site's gate has committed."""
         return list(self._gates[name].releases())
+
+    def spend(self, name: str, charge: Charge) -> None:
+        """Other runs charge a site's account until that charge has no room any more."""
+        gate, number = self._gates[name], 0
+        while gate.fits(charge):
+            number += 1
+            assert gate.admit(f"another-{number}", charge) is None
 
     def close(self) -> None:
         """Close every ledger."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fedlearn.arrays import DTYPES, specs_of
 from fedlearn.errors import LimitExceededError, RemoteProtocolError
 from fedlearn.learning import messages
-from fedlearn.learning.backend import Exchange, Work
+from fedlearn.learning.backend import Exchange, Said, Work
 from fedlearn.learning.update import Update
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
@@ -103,6 +103,15 @@ def test_scores_come_back(metrics, examples):
     back = messages.decode_scores("c", sent(messages.encode_scores(metrics, examples)))
     assert (back.client, back.examples) == ("c", examples)
     assert close(back.metrics, metrics)
+
+
+def test_what_rides_along_with_an_answer_keeps_what_is_there():
+    said = messages.with_last(messages.with_entry(messages.encode_said(b"vector"), b"keys"))
+    assert messages.is_last(said)
+    assert messages.decode_said("ada", said) == Said("ada", b"vector", b"keys")
+    assert not messages.is_last(messages.encode_said(b"vector"))
+    for odd in (RecordDict(), RecordDict({messages.RECORD: ConfigRecord({"last": "yes"})})):
+        assert not messages.is_last(odd)
 
 
 def test_descriptions_come_back():
