@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from client.accounts import ledger_folder
@@ -42,7 +43,13 @@ def check(options: AgentOptions) -> list[Finding]:
         *([("study", _study)] if options.study is not None else []),
         ("connection", _connection),
     )
-    return [_finding(what, call, options) for what, call in checks]
+    found: list[Finding] = []
+    for what, call in checks:
+        one = _finding(what, call, options)
+        # What several checks stand on (the policy, the certificates) is said once.
+        same = next((other.what for other in found if not other.ok and other.detail == one.detail), "")
+        found.append(replace(one, detail=f"not checked: {same} is not in order", hint="") if same else one)
+    return found
 
 
 def _finding(what: str, call: Callable[[AgentOptions], str], options: AgentOptions) -> Finding:

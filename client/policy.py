@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from fedlearn.errors import PolicyRefusedError, StudyError
+from fedlearn.nearest import nearest, nearest_choice
 from fedlearn.privacy.budget import Budget, StopRule
 from fedlearn.release.records import SitePolicy
 from fedlearn.strict import STRICT
@@ -276,13 +277,19 @@ def load_rules(path: Path | None) -> SiteRules:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StudyError(f"policy {path}: cannot be read: {error}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = min(
+            error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"
+        )  # perhaps the one that is missing
         where = [str(part) for part in first["loc"]]
         key = ".".join(where)
         if first["type"] == "extra_forbidden":
-            known = ", ".join(_keys_beside(where))
-            raise StudyError(f"policy {path}: unknown key {key!r}", hint=f"valid keys: {known}") from None
-        raise StudyError(f"policy {path}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
+            known = _keys_beside(where)
+            hint = nearest(where[-1], known, f"valid keys: {', '.join(known)}")
+            raise StudyError(f"policy {path}: unknown key {key!r}", hint=hint) from None
+        if first["type"] == "missing":
+            raise StudyError(f"policy {path}: missing key {key!r}", hint=f"add {key} to the policy") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise StudyError(f"policy {path}: {key}: {message}", hint=nearest_choice(first)) from None
 
 
 def _keys_beside(where: list[str]) -> list[str]:

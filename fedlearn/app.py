@@ -7,6 +7,7 @@ installed on this machine.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import sys
@@ -87,10 +88,20 @@ class App:
         return flat_config(app.get("config", {}), str(settings))
 
     def study(self, name: str) -> Path:
-        """A study's path: as it stands, or among the app's own."""
+        """A study's path: as it stands, or among the app's own.
+
+        Raises:
+            StudyError: there is none; the hint names one that is.
+        """
         path = Path(name)
         inside = self.root / name
-        return inside if not path.exists() and inside.exists() else path
+        if path.exists() or inside.exists():
+            return path if path.exists() else inside
+        own = [file.relative_to(self.root).as_posix() for file in sorted(self.root.glob("simulations/**/*.toml"))]
+        known = {Path(one).stem: one for one in [*reversed(own), *map(str, path.parent.glob("*.toml"))]}
+        near = difflib.get_close_matches(path.stem, known, n=1)
+        named = f"the app's own: {', '.join(one for one in own if one.count('/') == 1)}" if own else "name a TOML file"
+        raise StudyError(f"{path}: no such study file", hint=f"did you mean {known[near[0]]}?" if near else named)
 
 
 def flat_config(tree: Mapping[str, Any], origin: str, prefix: str = "") -> dict[str, bool | int | float | str]:

@@ -7,7 +7,6 @@ reproduces the run.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -22,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from fedlearn.environment import EnvironmentTable
 from fedlearn.errors import StudyError
+from fedlearn.nearest import nearest, nearest_choice
 from fedlearn.privacy.table import PrivacyTable
 from fedlearn.secure_aggregation import SecureAggregationTable
 from fedlearn.strict import STRICT
@@ -249,10 +249,10 @@ def load_study(path: Path | str, overrides: tuple[str, ...] = ()) -> Study:
             raise StudyError(f"{path}: larger than {MAX_STUDY_BYTES} bytes; expected a study in TOML")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        raise StudyError(
-            f"{path}: no such study file", hint=f"did you mean {path.parent / near[0]}?" if near else ""
-        ) from None
+        beside = nearest(
+            str(path), [str(p) for p in path.parent.glob("*.toml")], "a study is a TOML file: docs/study.md"
+        )
+        raise StudyError(f"{path}: no such study file", hint=beside) from None
     except (OSError, ValueError) as error:  # not UTF-8, or no valid path
         raise StudyError(f"{path}: cannot be read as a study: {error}") from None
     return parse_study(text, overrides, origin=str(path))
@@ -283,24 +283,22 @@ def _validate(tree: Any, text: str, origin: str, overrides: Sequence[str] = ()) 
     except RecursionError:
         raise StudyError(f"{origin}: nested too deeply to be a study") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # A key that is missing is often there under a misspelt name: that is said first.
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         where = tuple(str(part) for part in first["loc"])
         line = _line_of(text, where)
         place = _override_of(overrides, where) or (f"{origin}:{line}" if line else origin)
         key = ".".join(where)
         if first["type"] == "extra_forbidden":
             known = _known_keys(where[:-1])
-            near = difflib.get_close_matches(where[-1], known, n=1)
-            raise StudyError(
-                f"{place}: unknown key {key!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(known)}",
-            ) from None
+            hint = nearest(where[-1], known, f"valid keys here: {', '.join(known)}")
+            raise StudyError(f"{place}: unknown key {key!r}", hint=hint) from None
         if first["type"] == "missing":
             raise StudyError(f"{place}: missing key {key!r}", hint=f"add {key} to the study") from None
         got = first.get("input")
         shown = "" if isinstance(got, dict) else f" (got {reprlib.repr(got)})"
         message = first["msg"].removeprefix("Value error, ")
-        raise StudyError(f"{place}: {key or 'study'}: {message}{shown}") from None
+        raise StudyError(f"{place}: {key or 'study'}: {message}{shown}", hint=nearest_choice(first)) from None
 
 
 def _override_of(overrides: Sequence[str], where: tuple[str, ...]) -> str:

@@ -13,7 +13,7 @@ import typer
 
 from fedlearn.cli.options import AppFolder, Debug, Json, Overrides, Rounds
 from fedlearn.cli.output import print_json, print_table
-from fedlearn.errors import StateError
+from fedlearn.errors import StateError, StudyError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +28,12 @@ ENFORCED: Final = (
 ON_PAPER: Final = (
     "A plan on paper: the study itself does not ask for this. Write it into its [privacy] to have it enforced."
 )
+_EXAMPLE: Final = """add a budget to the study (docs/privacy.md):
+    [privacy]
+    unit = "record"  # or "group", "client": whose presence is hidden
+    epsilon = 3.0    # noise follows from it
+    delta = 1e-5     # below 1 / the number of units
+or ask what one would cost: fedlearn privacy plan STUDY --epsilon 3"""
 DELTA: Final = 1e-5
 """Where neither the study nor an option names one."""
 
@@ -172,7 +178,7 @@ def _with_options(asked: Study, given: Mapping[str, Any]) -> Study:
 
     Raises:
         UsageError: neither the table nor an option says how much may be spent, or two options do.
-        StudyError: the numbers do not fit each other.
+        StudyError: there is neither a table nor an option; or the numbers do not fit each other.
     """
     from fedlearn.study import study_from_json
 
@@ -180,6 +186,10 @@ def _with_options(asked: Study, given: Mapping[str, Any]) -> Study:
     same_unit = given.get("unit", own.get("unit")) == own.get("unit")
     table: dict[str, Any] = {"unit": "record", "delta": DELTA} | (own if same_unit else {})
     amounts = {"epsilon", "noise_multiplier"}
+    if not given:
+        raise StudyError(
+            f"{asked.name}: the study has no [privacy], so it promises no privacy and spends none", hint=_EXAMPLE
+        )
     if len(amounts & set(given)) == 2 or not amounts & {*table, *given}:
         raise click.UsageError("one of --epsilon and --noise is needed", click.get_current_context())
     if amounts & set(given):

@@ -109,20 +109,19 @@ def _simulate(study: str | None, folder: Path, json: bool, arguments: dict[str, 
                 study, **arguments, emit=view.take, told=view.client_raised, should_stop=interrupts.should_stop
             )
     except KeyboardInterrupt:
-        kept = view.rounds_done
-        print(f"interrupted after round {kept}; {_how_to_go_on(folder, kept)}", file=sys.stderr)
+        print(f"interrupted {_where_it_stands(folder, view.rounds_done)}", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     except (StateError, WorkerCrashedError) as error:  # a full disk, for one: what was committed is there
         if view.rounds_done:
-            error.hint = "; ".join(filter(None, [error.hint, _how_to_go_on(folder, view.rounds_done)]))
+            error.hint = "; ".join(filter(None, [error.hint, _how_to_go_on(folder)]))
         raise
     clients = view.evaluated.clients if view.evaluated is not None else {}
     if json:
         print_json(_report(result, folder, clients))
-    else:
+    elif result.history or not result.stopped:
         _print_end(result, folder, clients, view)
     if result.stopped:
-        print(f"stopped after round {view.rounds_done}; {_how_to_go_on(folder, view.rounds_done)}", file=sys.stderr)
+        print(f"stopped {_where_it_stands(folder, view.rounds_done)}", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     return 0
 
@@ -179,8 +178,14 @@ def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
 
 
-def _how_to_go_on(folder: Path, rounds_done: int) -> str:
-    return f"fedlearn simulate --resume {folder} goes on" if rounds_done else "no round was committed"
+def _where_it_stands(folder: Path, rounds_done: int) -> str:
+    if not rounds_done:
+        return "before a round was committed: there is nothing to go on from"
+    return f"after round {rounds_done}; {_how_to_go_on(folder)}"
+
+
+def _how_to_go_on(folder: Path) -> str:
+    return f"fedlearn simulate --resume {folder} goes on"
 
 
 def _say_what_changed(folder: Path, asked: dict[str, Any]) -> None:

@@ -77,7 +77,15 @@ def test_a_study_is_found_as_it_stands_or_among_the_apps_own(tmp_path, monkeypat
     Path("simulations").mkdir()
     Path("simulations/heart.toml").write_text("")
     assert app.study("simulations/heart.toml") == Path("simulations/heart.toml")
-    assert app.study("no.toml") == Path("no.toml")
+    Path("mine.toml").write_text("")
+    for name, hint in (
+        ("nothing", "the app's own: simulations/blood_smear.toml"),
+        ("keybord", "did you mean simulations/keyboard.toml?"),
+        ("mine", "did you mean mine.toml?"),
+    ):
+        with pytest.raises(StudyError, match="no such study file") as caught:
+            app.study(name)
+        assert hint in caught.value.hint
 
 
 def test_a_folder_of_tasks_goes_first_on_the_path_of_our_own_app(tmp_path):

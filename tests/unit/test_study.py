@@ -99,6 +99,8 @@ def test_options_seeds_and_rates_come_back_from_json(options, seed, lr):
         ('name = "s"\n[task]\nname = "t"\n', "s.toml", "missing key 'rounds'", "add rounds to the study"),
         ('name = "s"\nrounds = 1\n[task]\n', "s.toml:3", "missing key 'task.name'", "add task.name to the study"),
         ("", "s.toml", "missing key 'name'", "add name"),
+        (LEAST.replace("rounds", "roundss"), "s.toml:2", "unknown key 'roundss'", "did you mean 'rounds'?"),
+        (LEAST + '[privacy]\nunit = "recrd"\n', "s.toml:6", "privacy.unit: Input should be", "did you mean 'record'?"),
     ],
 )
 def test_a_wrong_key_is_placed_and_the_nearest_is_named(text, place, message, hint):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,7 +17,7 @@ from fedlearn.privacy.ledger_head import HEAD_FILE
 from fedlearn.privacy.statement import statement
 from fedlearn.privacy.study import plan_of
 from fedlearn.release import TRAIN, Charge, ReleaseKey
-from fedlearn.study import load_study
+from fedlearn.study import load_study, parse_study
 
 HEART = "simulations/heart.toml"
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -140,6 +141,13 @@ def test_central_noise_says_infinite_against_the_server(capsys):
 def test_what_cannot_be_planned_is_refused_with_the_reason(capsys, options, code, says):
     assert main(["privacy", "plan", HEART, *options]) == code
     assert says in capsys.readouterr().err
+
+
+def test_a_study_without_privacy_is_told_what_to_add(capsys):
+    assert main(["privacy", "plan", HEART]) == 3
+    told = capsys.readouterr().err
+    table = told[told.rindex("[privacy]") : told.index("or ask")].replace("\n    ", "\n")
+    assert plan_of(parse_study(Path(HEART).read_text() + "\n" + table)) is not None
 
 
 PRIVATE = """

@@ -125,3 +125,11 @@ def test_a_damaged_ledger_is_said(options):
     assert not found(options, "budget").ok
     file.unlink()
     assert not found(options, "budget").ok
+
+
+def test_what_several_checks_stand_on_is_said_once(options):
+    options.policy.write_text("datasett = 'heart'\n")
+    wrong = [one for one in check.check(options) if not one.ok]
+    assert [one.what for one in wrong if "datasett" in one.detail] == ["policy"]
+    assert {one.detail for one in wrong if one.what in {"budget", "study"}} == {"not checked: policy is not in order"}
+    assert all(one.exit_code for one in wrong)

@@ -203,7 +203,12 @@ def test_reopening_is_the_gates(tmp_path):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("[secure_aggregation]\nprofil = 1\n", "valid keys: required, profile, adversarial, reopen"),
+        ("[secure_aggregation]\nprofil = 1\n", "did you mean 'profile'?"),
+        ("[secure_aggregation]\nx = 1\n", "valid keys: required, profile, adversarial, reopen"),
+        (
+            "[budgets.record]\nepsillon = 3.0\ndelta = 1e-5\n",
+            "did you mean 'epsilon'?",
+        ),  # not only that epsilon is missing
         ('[secure_aggregation]\nprofile = "honest"\n', "secure_aggregation.profile"),
         ("[secure_aggregation]\nadversarial = 1.0\n", "secure_aggregation.adversarial"),
         ('secure_aggregation = "yes"\n', "secure_aggregation"),
