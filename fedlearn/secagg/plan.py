@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, unique
+from functools import cached_property
 from itertools import pairwise
 from typing import Final
 
@@ -134,6 +135,10 @@ class Terms:
 
     def digest(self) -> bytes:
         """SHA-256."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> bytes:  # every check-in of a roster is signed over it
         return digest_of("terms", self.run, self.at.round, self.at.attempt, self.plan.digest())
 
 

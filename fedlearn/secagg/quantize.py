@@ -177,21 +177,22 @@ class Encoding:
         vector = np.empty(self.coordinates, dtype=dtype_of(self.ring_bits))
         # One set of buffers for all blocks: fresh ones would cost more in page faults than the arithmetic does.
         zeros, random = bytes(4 * _BLOCK), bytearray(4 * _BLOCK)
-        values, integers = np.empty(_BLOCK), np.empty(_BLOCK, dtype=np.int64)
+        values = np.empty(_BLOCK)
+        # What is rounded fits the ring, so it is written as signed integers of its width: two's complement is the ring's own.
+        signed = vector.view(f"<i{vector.itemsize}")
         chances = np.frombuffer(random, dtype="<u4")
         squares = 0.0
         for low in range(0, self.length, _BLOCK):
             part = update[low : low + _BLOCK]
             size = len(part)
             stream.update_into(zeros, random)
-            block, whole = values[:size], integers[:size]
+            block = values[:size]
             np.multiply(part, fine, out=block, dtype=np.float64)
             np.clip(block, -bound, bound, out=block)
             block += chances[:size]
             block *= 2.0**-32
             np.floor(block, out=block)
-            np.copyto(whole, block, casting="unsafe")
-            vector[low : low + size] = whole
+            np.copyto(signed[low : low + size], block, casting="unsafe")
             np.square(block, out=block)
             squares += float(block.sum())  # not a dot product: BLAS would wake its threads for it
         return vector, math.sqrt(squares)
