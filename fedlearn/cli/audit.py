@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 ARRAYS: Final = 4
 SURELY_SEEN: Final = 0.95
+PICTURES: Final = (".png", ".pdf", ".svg")
 MEANING: Final = "A bound below the claim does not prove the claim: it says that this attacker found nothing against it. See docs/auditing.md."
+REFUTED: Final = (
+    "What trains here is not what was accounted. At 95 % confidence one audit in twenty of an honest build may end so: audit again with another "
+    "seed (--set seed=7), and train on nobody's data until it is understood. See docs/auditing.md."
+)
 
 
 def audit(
@@ -69,6 +74,8 @@ def audit(
 
     if plot is not None and not plot.parent.is_dir():  # before the work, not after it
         raise StateError(f"{plot}: there is no folder {plot.parent}", hint="make it, or name a file elsewhere")
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise StateError(f"{plot}: no picture's name, expected one of {', '.join(PICTURES)} at its end")
     ready = Request(study, rounds, overrides or (), data, app).ready()
     with _bar(quiet=json) as told:
         report = run(
@@ -157,7 +164,7 @@ def _print(report: AuditReport) -> None:
         print("  A smaller --delta, or more --canaries, make the bound stronger.")
     print()
     _print_membership(report, units)
-    print(f"\n{MEANING}")
+    print(f"\n{REFUTED if report.refuted else MEANING}")
 
 
 def _verdict(report: AuditReport) -> str:
