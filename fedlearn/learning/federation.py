@@ -259,10 +259,7 @@ class Federation:
         self._evaluate_if_due()
 
     def _hear(self, at: AttemptId, work: Work) -> dict[str, tuple[float, int]]:
-        """Take every reply to the machine; the loss and the examples of each client that is in the sum.
-
-        Where too few are left because of one that refuses the rest of the run, nobody else is waited for: whoever has not been charged yet, is not.
-        """
+        """Take every reply to the machine, or as many as are needed to see that it is in vain; the loss and the examples of each client in the sum."""
         losses: dict[str, tuple[float, int]] = {}
         refused: list[str] = []
         with closing(self._replies(work)) as replies:
@@ -274,15 +271,25 @@ class Federation:
                         self._emit(events.ClientFinished(self._run, at.round, client, facts))
                     else:
                         self._emit(self._dropped(at.round, client, reason, reply))
-                if isinstance(reply, Failed) and reply.permanent:
-                    why, _, _ = reply.reason.partition("\n")
-                    refused.append(f"{reply.client} refuses the rest of the run: {why}")
-                left = len(self._machine.received) + len(self._machine.waiting)
-                if refused and self._machine.state is RoundState.OPEN and left < self._fewest:
-                    few = f"{left} of {len(work.cohort)} clients are left, at least {self._fewest} needed"
-                    self._machine.void("; ".join([few, *refused[:MOST_REASONS]]))
-                    break
+                if isinstance(reply, Failed):
+                    if reply.permanent:
+                        why, _, _ = reply.reason.partition("\n")
+                        refused.append(f"{reply.client} refuses the rest of the run: {why}")
+                    if few := self._too_few(work, refused):
+                        self._machine.void(few)
+                        break
         return losses
+
+    def _too_few(self, work: Work, refused: list[str]) -> str:
+        """Why an attempt is given up before all have answered, so that whoever was not charged for it is not; empty where nobody refused the run."""
+        machine = self._machine
+        if not refused or machine.state is not RoundState.OPEN:
+            return ""
+        left = len(machine.received) + len(machine.waiting)
+        if left >= self._fewest:
+            return ""
+        few = f"{left} of {len(work.cohort)} clients are left, at least {self._fewest} needed"
+        return "; ".join([few, *refused[:MOST_REASONS]])
 
     def _replies(self, work: Work) -> Generator[Fitted | Summed | Said | Failed, None, None]:
         if work.cohort:
