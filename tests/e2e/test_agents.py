@@ -16,12 +16,9 @@ import fedlearn
 from fedlearn import events
 from fedlearn.app import load_app
 from fedlearn.arrays import digest
-from fedlearn.learning.runtime import RunRuntime
-from fedlearn.release.journal import DictJournal
-from server.app import app as server_app
 from tests.support.link_net import LinkNet, link_net
 from tests.support.processes import Family, Logged, family
-from tests.support.runs import Run, to_toml
+from tests.support.runs import Run, run_on_link
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "simulations" / "heart.toml"
@@ -55,20 +52,7 @@ def processes(tmp_path: Path) -> Iterator[Family]:
 
 def run_study(link: LinkNet, run_id: int, overrides: list[str], seen=None) -> Run:
     """Run the ServerApp in this thread; `seen` is told each event."""
-    study = fedlearn.load_study(STUDY, tuple(overrides))
-    run, grid = Run(), link.grid(run_id)
-
-    def emit(event: events.Event) -> None:
-        run.events.append(event)
-        if seen is not None:
-            seen(event)
-
-    grid.runtime = RunRuntime(
-        f"run-{run_id}", to_toml(study), (), run.finished, emit, DictJournal(), lambda: False, link.name_of
-    )
-    server_app(grid, Context(run_id, 1, {}, RecordDict(), {}))
-    link.server.close_grid(run_id)
-    return run
+    return run_on_link(link, run_id, fedlearn.load_study(STUDY, tuple(overrides)), seen)
 
 
 @pytest.mark.timeout(200)

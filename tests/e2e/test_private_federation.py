@@ -9,27 +9,24 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, RecordDict
 
 import fedlearn
 from fedlearn import events
 from fedlearn.arrays import digest
 from fedlearn.errors import RunFailedError
-from fedlearn.learning.runtime import RunRuntime
 from fedlearn.link import TlsBundle
 from fedlearn.link.closing import closing
 from fedlearn.privacy.chain import Kind
 from fedlearn.privacy.ledger_file import LEDGER_FILE, account_states, charges_of, read_records, verify_ledger
 from fedlearn.privacy.study import plan_of
-from fedlearn.release.journal import DictJournal
-from server.app import app as server_app
 from tests.support.heads import Heads
 from tests.support.link_net import LinkNet, link_net
 from tests.support.processes import Family, Logged, family
-from tests.support.runs import Run, to_toml
+from tests.support.runs import Run, run_on_link
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "simulations" / "heart.toml"
@@ -76,24 +73,9 @@ def run_study(
     link: LinkNet, run_id: int, overrides: list[str], heads: Heads, seen=None, stop=lambda: False, end=None
 ) -> Run:
     """Run the ServerApp in this thread; `seen` is told each event."""
-    study = fedlearn.load_study(STUDY, tuple(overrides))
-    run, grid = Run(), link.grid(run_id)
-
-    def emit(event: events.Event) -> None:
-        run.events.append(event)
-        if seen is not None:
-            seen(event)
-
-    grid.runtime = RunRuntime(
-        *(f"run-{run_id}", to_toml(study), (), run.finished, emit),
-        *(DictJournal(), stop, link.name_of, heads, b"", end),
-    )
-    try:
-        server_app(grid, Context(run_id, 1, {}, RecordDict(), {}))
-    except RunFailedError:
-        pass  # the last event says so
-    finally:
-        link.server.close_grid(run_id)
+    study, run = fedlearn.load_study(STUDY, tuple(overrides)), Run()
+    with suppress(RunFailedError):  # the last event says so
+        run_on_link(link, run_id, study, seen, should_stop=stop, run=run, heads=heads, closing=end)
     return run
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedlearn
-from client.accounts import Accounts, ledger_folder
-from client.policy import load_rules
 from fedlearn import events
 from fedlearn.arrays import digest
 from fedlearn.errors import RunFailedError
@@ -16,10 +13,8 @@ from fedlearn.learning.messages import MASKED
 from fedlearn.privacy.study import plan_of
 from fedlearn.release.charge import Charge
 from fedlearn.release.keys import TRAIN, UNMASK
-from tests.e2e.test_secure_aggregation import Net
-from tests.support.desk_site import DeskSites
-from tests.support.link_net import link_net
-from tests.support.tiny_task import CLIENTS, NAME, tiny_study
+from tests.support.desk_net import private_net
+from tests.support.tiny_task import CLIENTS, tiny_study
 
 BUDGET = "[budgets.record]\nepsilon = 200.0\ndelta = 1e-4\n"
 PRIVATE = '{unit="record", noise_multiplier=1.0, delta=0.001, clip_l2=0.3, steps=2, seeded=SEEDED}'
@@ -29,19 +24,8 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("private")
-    policy = folder / "policy.toml"
-    policy.write_text(f'tasks = ["{NAME}"]\ndataset = "tiny"\nseeded = true\nsecure_aggregation = true\n{BUDGET}')
-    rules = load_rules(policy)
-
-    def accounts(name):
-        key = Ed25519PrivateKey.from_private_bytes(name.encode().ljust(32, b"."))
-        return Accounts(ledger_folder(folder / name, "tiny"), name, "tiny", key, rules.accounts())
-
-    sites = DeskSites(NAME, rules=rules, accounts_of=accounts)
-    with link_net(folder, CLIENTS, handler_of=sites.handler) as link:
-        yield Net(link, sites)
-    sites.close()
+    with private_net(tmp_path_factory.mktemp("private"), BUDGET) as made:
+        yield made
 
 
 def study_of(*, seeded, more=()):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
 
 import fedlearn
 from client.policy import MaskRules, SiteRules
@@ -17,17 +16,15 @@ from fedlearn.arrays import digest
 from fedlearn.errors import RunFailedError
 from fedlearn.learning.backend import Exchange
 from fedlearn.learning.messages import MASKED, decode_said
-from fedlearn.learning.runtime import RunRuntime
 from fedlearn.link.grid import GridCancelledError
 from fedlearn.release.journal import DictJournal
 from fedlearn.release.keys import AGREE, TRAIN
 from fedlearn.secagg import client as secagg_client
 from fedlearn.secagg import primitives
 from fedlearn.secagg.messages import from_bytes
-from server.app import app as server_app
+from tests.support.desk_net import RUNS, DeskNet
 from tests.support.desk_site import DeskSites
 from tests.support.link_net import link_net
-from tests.support.runs import Run, to_toml
 from tests.support.secagg_world import sparse_graphs
 from tests.support.tiny_task import CLIENTS, NAME, tiny_study
 
@@ -40,52 +37,15 @@ STAGES = [((), exchange) for exchange in ORDER] + [
 """Where something goes wrong: a study, and the exchange. What comes before the vectors is the same in both profiles."""
 AFTER_VECTORS = (Exchange.AGREE, Exchange.UNMASK)
 HEART = Path(__file__).resolve().parents[2] / "simulations" / "heart.toml"
-RUNS = iter(range(1, 1000))
 
 pytestmark = pytest.mark.e2e
-
-
-class Net:
-    """A link with its sites; runs are started one after another."""
-
-    def __init__(self, link, sites):
-        self.link, self.sites, self.runs = link, sites, list[Run]()
-
-    def run(self, study, *, meets=None, journal=None, number=None, emit=None):
-        number = self.last = number if number is not None else next(RUNS)
-        run, grid = Run(), self.link.grid(number)
-        self.runs.append(run)
-        self.cancel = grid.cancel  # what a coordinator's end is to a run
-
-        def heard(event):
-            run.events.append(event)
-            if emit is not None:
-                emit(event)
-
-        self.sites.meets = meets if meets is not None else lambda *_asked: None
-        grid.runtime = RunRuntime(
-            f"run-{number}",
-            to_toml(study),
-            (),
-            run.finished,
-            heard,
-            journal if journal is not None else DictJournal(),
-            lambda: False,
-            self.link.name_of,
-            authority_pem=self.link.authority_pem,
-        )
-        try:
-            server_app(grid, Context(number, 1, {}, RecordDict(), {}))
-        finally:
-            self.link.server.close_grid(number)
-        return run
 
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):
     sites = DeskSites(NAME, "hospital/heart")
     with link_net(tmp_path_factory.mktemp("link"), CLIENTS, handler_of=sites.handler) as link:
-        yield Net(link, sites)
+        yield DeskNet(link, sites)
 
 
 def study_of(*overrides):
@@ -239,7 +199,7 @@ def test_a_site_that_allows_no_void_sends_one_vector_of_a_round(tmp_path):
 
     sites = DeskSites(rules=SiteRules(tasks=(NAME,), max_voids_per_run=0))
     with link_net(tmp_path, CLIENTS, handler_of=sites.handler) as link, pytest.raises(RunFailedError):
-        Net(link, sites).run(study_of(), meets=meets)
+        DeskNet(link, sites).run(study_of(), meets=meets)
     for name in ("ada", "dee"):
         sent = [release.key.at for release in sites.releases(name) if release.key.exchange == TRAIN]
         assert sent == [(1, 1), (2, 1)]
@@ -268,7 +228,7 @@ def test_who_has_opened_a_sum_gives_no_other_update_of_its_round(net, more):
 def test_a_site_may_allow_a_round_to_be_opened_again(tmp_path):
     sites = DeskSites(rules=SiteRules(tasks=(NAME,), secure_aggregation=MaskRules(reopen=True)))
     with link_net(tmp_path, CLIENTS, handler_of=sites.handler) as link:
-        run = Net(link, sites).run(study_of(), meets=opened_by_too_few)
+        run = DeskNet(link, sites).run(study_of(), meets=opened_by_too_few)
     assert [(void.round, void.attempt) for void in run.of(events.RoundVoid)] == [(2, 1)]
     assert digest(run.model) == digest(fedlearn.simulate(study_of()).weights)
 
@@ -289,7 +249,7 @@ def test_a_graph_that_is_not_complete(tmp_path):
 
     sites = DeskSites(NAME)
     with sparse_graphs(above=10), link_net(tmp_path, names, handler_of=sites.handler) as link:
-        run = Net(link, sites).run(study, meets=meets)
+        run = DeskNet(link, sites).run(study, meets=meets)
     assert clients_of(run) == [11, 12, 12]
     asked = [exchange for _, exchange, _ in sites.replies]
     assert (asked.count(Exchange.REVEAL), asked.count(Exchange.AGREE)) == (35, 34)
@@ -375,5 +335,5 @@ def test_four_hospitals(net, tmp_path):
     names = ("cleveland", "hungary", "switzerland", "va-long-beach")
     sites = DeskSites("hospital/heart")
     with link_net(tmp_path, names, handler_of=sites.handler) as link:
-        run = Net(link, sites).run(study)
+        run = DeskNet(link, sites).run(study)
     assert digest(run.model) == digest(fedlearn.simulate(study).weights)

@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedlearn
-from client.accounts import Accounts, ledger_folder
-from client.policy import load_rules
 from fedlearn import events
 from fedlearn.arrays import digest
 from fedlearn.learning import masked
@@ -19,11 +16,9 @@ from fedlearn.privacy.events import Cost
 from fedlearn.privacy.study import noise_plan, plan_of
 from fedlearn.release.keys import TRAIN, UNMASK
 from fedlearn.secagg.messages import from_bytes
-from tests.e2e.test_secure_aggregation import Net
-from tests.support.desk_site import DeskSites
-from tests.support.link_net import link_net
+from tests.support.desk_net import private_net
 from tests.support.shared_noise import assert_noise, noise_std, noisy_study
-from tests.support.tiny_task import CLIENTS, NAME
+from tests.support.tiny_task import CLIENTS
 
 SURPLUS = "privacy.surplus=true"
 BUDGET = "[budgets.client]\nepsilon = 200.0\ndelta = 1e-2\n"
@@ -34,19 +29,8 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shares")
-    policy = folder / "policy.toml"
-    policy.write_text(f'tasks = ["{NAME}"]\ndataset = "tiny"\nseeded = true\nsecure_aggregation = true\n{BUDGET}')
-    rules = load_rules(policy)
-
-    def accounts(name):
-        key = Ed25519PrivateKey.from_private_bytes(name.encode().ljust(32, b"."))
-        return Accounts(ledger_folder(folder / name, "tiny"), name, "tiny", key, rules.accounts())
-
-    sites = DeskSites(NAME, rules=rules, accounts_of=accounts)
-    with link_net(folder, CLIENTS, handler_of=sites.handler) as link:
-        yield Net(link, sites)
-    sites.close()
+    with private_net(tmp_path_factory.mktemp("shares"), BUDGET) as made:
+        yield made
 
 
 def charges(net, run, client):

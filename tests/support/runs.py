@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import Context, RecordDict
 
 from fedlearn.arrays import Array, from_bytes
 from fedlearn.events import Event
 from fedlearn.learning.runtime import RunRuntime
+from fedlearn.link import LinkGrid
 from fedlearn.release.journal import DictJournal, Journal
 from fedlearn.study import Study, study_from_json
 from server.app import app as server_app
+from tests.support.link_net import LinkNet
 from tests.support.memory_grid import RUN_ID, MemoryGrid
 
 
@@ -74,6 +77,44 @@ def run_server_app(
         authority_pem=authority_pem,
     )
     server_app(grid, Context(RUN_ID, 1, {}, RecordDict(), {}))
+    return run
+
+
+def run_on_link(
+    link: LinkNet,
+    number: int,
+    study: Study,
+    seen: Callable[[Event], object] | None = None,
+    *,
+    journal: Journal | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    run: Run | None = None,
+    grid: LinkGrid | None = None,
+    **lent: Any,
+) -> Run:
+    """Run the ServerApp over a link in this thread.
+
+    Args:
+        seen: is told each event.
+        run: takes events and model, for who looks at them when the run fails.
+        grid: of that number, for who has it already.
+        lent: more of `RunRuntime`.
+    """
+    run, grid = run if run is not None else Run(), grid if grid is not None else link.grid(number)
+
+    def emit(event: Event) -> None:
+        run.events.append(event)
+        if seen is not None:
+            seen(event)
+
+    journal = journal if journal is not None else DictJournal()
+    grid.runtime = RunRuntime(
+        *(f"run-{number}", to_toml(study), (), run.finished, emit, journal, should_stop, link.name_of), **lent
+    )
+    try:
+        server_app(grid, Context(number, 1, {}, RecordDict(), {}))
+    finally:
+        link.server.close_grid(number)
     return run
 
 
