@@ -33,7 +33,8 @@ import multiprocessing  # noqa: E402  # after the path is set, as the next one
 from fedlearn import seeds  # noqa: E402
 from fedlearn.data.population import build_population  # noqa: E402
 from fedlearn.learning.metrics import roc_auc  # noqa: E402
-from fedlearn.learning.task import Batch, ClientData, Population  # noqa: E402
+from fedlearn.learning.population import Population  # noqa: E402
+from fedlearn.learning.task import Batch, ClientData  # noqa: E402
 from fedlearn.study import Study, load_study  # noqa: E402
 from fedlearn.tasks import load_task  # noqa: E402
 

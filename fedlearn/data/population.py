@@ -12,7 +12,8 @@ from fedlearn.data.bootstrap import BootstrapRows
 from fedlearn.data.partition import make_partition
 from fedlearn.data.tables import MISSING
 from fedlearn.errors import DataError
-from fedlearn.learning.task import Population, Task
+from fedlearn.learning.population import Population
+from fedlearn.learning.task import Task
 from fedlearn.privacy.study import protects_rows, task_for
 
 if TYPE_CHECKING:

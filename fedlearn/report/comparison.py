@@ -13,7 +13,8 @@ import numpy as np
 
 from fedlearn import arrays
 from fedlearn.data.population import build_population
-from fedlearn.learning.task import Batch, ClientData, Population
+from fedlearn.learning.population import Population
+from fedlearn.learning.task import Batch, ClientData
 from fedlearn.tasks import task_of
 
 if TYPE_CHECKING:

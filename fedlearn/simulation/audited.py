@@ -24,8 +24,9 @@ from fedlearn.study import CohortTable, EvaluateTable, Study
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.learning.backend import Backend, Work
+    from fedlearn.learning.population import Population
     from fedlearn.learning.strategy import Strategy
-    from fedlearn.learning.task import Batch, Population
+    from fedlearn.learning.task import Batch
     from fedlearn.privacy.plan import PrivacyPlan
     from fedlearn.privacy.site import SitePlan
 

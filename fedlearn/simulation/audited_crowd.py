@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from fedlearn.arrays import Arrays
     from fedlearn.learning.backend import Scored, Work
+    from fedlearn.learning.population import Population
     from fedlearn.learning.strategy import ServerState, Strategy
-    from fedlearn.learning.task import Population
     from fedlearn.privacy.audit import Coins
 
 _FAR: Final = 1e3

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from fedlearn.learning.backend import Backend
     from fedlearn.learning.memory import Memories
+    from fedlearn.learning.population import Population
     from fedlearn.learning.strategy import Strategy
-    from fedlearn.learning.task import Population
     from fedlearn.study import Study
 
 BACKENDS: Final = ("auto", "sequential", "batched", "ray")

@@ -25,7 +25,7 @@ from fedlearn.simulation.sequential import SequentialBackend
 
 if TYPE_CHECKING:
     from fedlearn.learning.backend import Failed, Fitted, Scored, Summed, Work
-    from fedlearn.learning.task import Population
+    from fedlearn.learning.population import Population
     from fedlearn.study import Study
 
 R = TypeVar("R")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fedlearn.learning.backend import Backend, Fitted, Scored, Summed, Work
-    from fedlearn.learning.task import Population
+    from fedlearn.learning.population import Population
 
 TRAIN, EVALUATE = "train", "evaluate"
 FOLDER: Final = "errors"

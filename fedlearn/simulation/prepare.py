@@ -19,8 +19,8 @@ from fedlearn.study import Study, load_study
 from fedlearn.tasks import task_of
 
 if TYPE_CHECKING:
+    from fedlearn.learning.population import Population
     from fedlearn.learning.strategy import Strategy
-    from fedlearn.learning.task import Population
 
 
 @dataclass(frozen=True)

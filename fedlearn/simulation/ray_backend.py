@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from fedlearn.arrays import Arrays
     from fedlearn.learning.backend import Base, Fitted, Scored, Summed, Work
-    from fedlearn.learning.task import Population
+    from fedlearn.learning.population import Population
     from fedlearn.simulation.plan import TrainingPlan
     from fedlearn.study import Study
 

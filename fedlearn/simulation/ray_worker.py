@@ -24,8 +24,9 @@ from fedlearn.simulation.sums import is_counted
 if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.learning.backend import Base, Work
+    from fedlearn.learning.population import Population
     from fedlearn.learning.strategy import Strategy
-    from fedlearn.learning.task import Examples, Population, Task
+    from fedlearn.learning.task import Examples, Task
     from fedlearn.simulation.plan import TrainingPlan
     from fedlearn.study import Study
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from fedlearn.arrays import Arrays
     from fedlearn.learning.backend import Backend
     from fedlearn.learning.federation import Outcome
-    from fedlearn.learning.task import Population, Task
+    from fedlearn.learning.population import Population
+    from fedlearn.learning.task import Task
     from fedlearn.release.journal import Journal
     from fedlearn.simulation.failures import ClientFailure
 

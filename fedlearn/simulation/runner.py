@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from fedlearn.arrays import Array, Arrays
     from fedlearn.learning.backend import Work
     from fedlearn.learning.memory import Memories
+    from fedlearn.learning.population import Population
     from fedlearn.learning.postprocess import Postprocessor
     from fedlearn.learning.strategy import Pass, Tensors
-    from fedlearn.learning.task import Population
     from fedlearn.privacy.site import SitePlan
     from fedlearn.simulation.blocks import BlockTrainer, IntArray, Layout, Stacked, SummedPass
     from fedlearn.simulation.plan import TrainingPlan, Way

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from fedlearn.arrays import Arrays
+    from fedlearn.learning.population import Population
     from fedlearn.learning.strategy import Strategy
-    from fedlearn.learning.task import Batch, Population
+    from fedlearn.learning.task import Batch
     from fedlearn.privacy.dpsgd import GradientEngine
     from fedlearn.privacy.site import SitePlan
     from fedlearn.study import Study

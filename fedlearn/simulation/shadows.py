@@ -15,7 +15,8 @@ from fedlearn import events, seeds
 from fedlearn.learning import local
 from fedlearn.learning.backend import Failed, Fitted
 from fedlearn.learning.local import initial_weights
-from fedlearn.learning.task import Batch, ClientData, Population, build_model
+from fedlearn.learning.population import Population
+from fedlearn.learning.task import Batch, ClientData, build_model
 from fedlearn.privacy.membership import confidence_scores
 from fedlearn.privacy.plan import Unit
 from fedlearn.simulation.audited import bare, company_of, federate

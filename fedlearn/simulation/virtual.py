@@ -21,9 +21,9 @@ from fedlearn.simulation.environment import MAX_LOOKS, Close, Course, Drawn, Env
 if TYPE_CHECKING:
     from fedlearn.environment import EnvironmentTable
     from fedlearn.learning.backend import Fitted, Summed
+    from fedlearn.learning.population import Population
     from fedlearn.learning.rows import IntArray
     from fedlearn.learning.strategy import Strategy
-    from fedlearn.learning.task import Population
     from fedlearn.simulation.traffic import Traffic
     from fedlearn.study import Study, TrainTable
 

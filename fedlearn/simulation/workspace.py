@@ -30,7 +30,7 @@ from fedlearn.study import Study, study_from_json
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from fedlearn.learning.task import Population
+    from fedlearn.learning.population import Population
 
 RUN, JOURNAL = "run.json", "journal"
 MARKED_ROWS: Final = 256

@@ -12,8 +12,9 @@ from fedlearn import seeds
 from fedlearn.data.partition import make_partition
 from fedlearn.data.population import build_population, site_population
 from fedlearn.errors import DataError
-from fedlearn.learning import task as tasks
-from fedlearn.learning.task import Batch, ClientData, Population
+from fedlearn.learning import population as populations
+from fedlearn.learning.population import Population
+from fedlearn.learning.task import Batch, ClientData
 from tests.support.tiny_task import CLIENTS, TinyTask, tiny_study
 
 
@@ -115,7 +116,7 @@ def test_clients_that_share_rows_never_test_on_what_another_trains_on():
 
 
 def test_the_cache_keeps_its_limit_and_serves_threads(monkeypatch):
-    monkeypatch.setattr(tasks, "CACHE_BYTES", 2_700)
+    monkeypatch.setattr(populations, "CACHE_BYTES", 2_700)
     whole = population()
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(whole.client, CLIENTS * 50))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedlearn.learning.task import Population, build_model
+from fedlearn.learning.population import Population
+from fedlearn.learning.task import build_model
 from fedlearn.models.recurrent import Lstm
 from fedlearn.models.transformer import CausalTransformer
 from fedlearn.tasks import load_task

@@ -6,7 +6,7 @@ import tracemalloc
 
 import fedlearn
 from fedlearn import events
-from fedlearn.learning import task as tasks
+from fedlearn.learning import population as populations
 from fedlearn.learning.federation import EVALUATED_AT_MOST
 from tests.support.tiny_task import tiny_study
 
@@ -20,7 +20,7 @@ CROWD = (
 
 
 def test_a_million_clients_are_a_number(monkeypatch):
-    monkeypatch.setattr(tasks, "CACHE_BYTES", 10**6)
+    monkeypatch.setattr(populations, "CACHE_BYTES", 10**6)
     seen: list[events.Event] = []
     tracemalloc.start()
     result = fedlearn.simulate(tiny_study(*CROWD, "rounds=2"), emit=seen.append)

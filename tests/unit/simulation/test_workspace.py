@@ -100,7 +100,8 @@ def test_other_data_is_noticed(tmp_path, monkeypatch):
 
 def test_a_mark_is_of_shapes_types_and_rows():
     from fedlearn.data.population import build_population
-    from fedlearn.learning.task import Examples, Population
+    from fedlearn.learning.population import Population
+    from fedlearn.learning.task import Examples
     from tests.support.tiny_task import TinyTask
 
     population = build_population(tiny_study(), TinyTask())

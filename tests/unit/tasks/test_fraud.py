@@ -7,7 +7,7 @@ import torch
 from fedlearn.data.partition import make_partition
 from fedlearn.data.payments import DAY_S, FEATURE_NAMES, LABEL_DELAY_DAYS
 from fedlearn.errors import DataError
-from fedlearn.learning.task import Population
+from fedlearn.learning.population import Population
 from fedlearn.tasks.fraud import PRIOR, FraudTask
 
 SMALL = FraudTask(customers=150, terminals=60, days=40)

@@ -7,7 +7,8 @@ from PIL import Image
 
 from fedlearn.data.partition import make_partition
 from fedlearn.errors import DataError, StudyError
-from fedlearn.learning.task import Population, build_model
+from fedlearn.learning.population import Population
+from fedlearn.learning.task import build_model
 from fedlearn.tasks import load_task
 
 OPTIONS = {

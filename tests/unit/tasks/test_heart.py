@@ -9,7 +9,7 @@ import pytest
 
 from fedlearn.data.partition import make_partition
 from fedlearn.errors import DataError
-from fedlearn.learning.task import Population
+from fedlearn.learning.population import Population
 from fedlearn.tasks.heart import HeartTask
 
 SHIPPED = files("fedlearn.data") / "files" / "heart_disease_uci.csv"

@@ -7,7 +7,7 @@ import pytest
 
 from fedlearn.data.partition import make_partition
 from fedlearn.errors import DataError
-from fedlearn.learning.task import Population
+from fedlearn.learning.population import Population
 from fedlearn.tasks.keyboard import CHARACTERS, UNKNOWN, VOCABULARY, KeyboardTask, encode
 
 TASK = KeyboardTask(context=16)
