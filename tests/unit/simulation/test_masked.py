@@ -300,6 +300,21 @@ def test_a_refusal_for_good_while_keys_are_exchanged_ends_a_run_before_anybody_t
     assert len(sim.of(events.RoundVoid)) == 1
 
 
+def test_nobody_trains_where_too_few_have_shared_keys():
+    asked = []
+    gone = lost(Exchange.SHARE, "bob", at_round=1)
+
+    def spoil(now, work, replies):
+        asked.append((work.attempt, now))
+        return gone(now, work, replies) if work.attempt == 1 else replies
+
+    sim = Sim(study_of("cohort.minimum=4", "rounds=1"), spoil=spoil)
+    sim.run()
+    assert [now for attempt, now in asked if attempt == 1] == [Exchange.CHECK_IN, Exchange.SHARE]
+    (void,) = sim.of(events.RoundVoid)
+    assert "got 3 clients that shared, expected at least 4" in void.reason
+
+
 class Crash(BaseException):
     """The process is killed."""
 
