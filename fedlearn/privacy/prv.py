@@ -39,7 +39,7 @@ def interval(counts: Mapping[Leaf, int], delta: float) -> tuple[float, float, fl
         delta: of the guarantee.
 
     Returns:
-        None where it has no answer: Opacus is not installed, or delta or the grid is beyond what it computes rightly and quickly.
+        None where it has no answer: Opacus is not installed, delta or the grid is beyond what it computes rightly and quickly, or it refuses by itself.
     """
     if delta < LEAST_DELTA or (accountant := _accountant()) is None:
         return None
@@ -60,10 +60,12 @@ def interval(counts: Mapping[Leaf, int], delta: float) -> tuple[float, float, fl
             # Private names, for the public one gives the upper end alone, and takes whatever memory its grid needs.
             domain = accountant._get_domain(variables, times, epsilon_error, delta_error)  # noqa: SLF001
             if domain.size <= MAX_POINTS:
-                whole = accountant._get_dprv(epsilon_error, delta_error)  # noqa: SLF001
-                lower, estimate, upper = (
-                    max(0.0, float(x)) for x in whole.compute_epsilon(delta, delta_error, epsilon_error)
-                )
+                try:
+                    whole = accountant._get_dprv(epsilon_error, delta_error)  # noqa: SLF001
+                    found = whole.compute_epsilon(delta, delta_error, epsilon_error)
+                except (RuntimeError, ValueError):  # next to no noise: its grid would be wrong, and it says so
+                    return None
+                lower, estimate, upper = (max(0.0, float(x)) for x in found)
                 return lower, estimate, upper
     return None
 

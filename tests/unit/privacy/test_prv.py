@@ -58,6 +58,13 @@ def test_a_coarser_grid_serves_long_plans_and_nothing_serves_the_longest():
     assert interval({Gaussian(100.0): 1_000_000}, 1e-5) is None
 
 
+@pytest.mark.parametrize(
+    "leaf", [Gaussian(0.01), PoissonSampled(0.5, Gaussian(0.02)), PoissonSampled(1e-6, Gaussian(0.01))]
+)
+def test_what_opacus_itself_refuses_has_no_answer(leaf):
+    assert interval({leaf: 1}, 0.5) is None
+
+
 def test_no_epsilon_is_below_zero():
     assert interval({PoissonSampled(1e-6, Gaussian(1e5)): 1}, 1e-2) == (0.0, 0.0, 0.0)
 
