@@ -59,11 +59,12 @@ def _one_thread():
 
 
 def study_of(model, strategy, settings_, sizes):
-    """The study; in float64 where an adaptive server meets attention.
+    """The study; in float64 where an adaptive server meets attention or convolutions.
 
-    The bias of attention's keys has no effect, so its exact update is 0: such a server divides the rounding of it by its own size.
+    Such a server divides each number's update by its size, and so makes much of what is nothing but rounding: of the bias of attention's keys, which has
+    no effect, and of what follows when a ReLU or a maximum of two equal numbers falls the other way.
     """
-    if model == "transformer" and strategy in {"fedadam", "fedyogi", "fedadagrad"}:
+    if model in {"transformer", "cnn", "wide cnn"} and strategy in {"fedadam", "fedyogi", "fedadagrad"}:
         settings_ = settings_ | {"train.precision": "float64"}
     given_ = {"strategy.name": strategy, "task.options.model_name": model, "task.options.sizes": sizes, **settings_}
     return ragged_study(*(f"{key}={value}" for key, value in given_.items() if value is not None))
