@@ -21,12 +21,15 @@ from fedlearn.learning.memory import ClientMemory
 from fedlearn.learning.postprocess import apply_on_client, chain_of
 from fedlearn.learning.task import Batch, ClientData
 from fedlearn.learning.update import Update
+from fedlearn.privacy.unfit import in_range
 from fedlearn.study import Study, study_from_json
 from fedlearn.tasks import task_of
 
 if TYPE_CHECKING:
     import torch
 
+    from fedlearn.arrays import Arrays
+    from fedlearn.learning.local import FitResult
     from fedlearn.learning.strategy import Strategy
     from fedlearn.learning.task import Task
     from fedlearn.privacy.dpsgd import GradientEngine
@@ -89,13 +92,7 @@ def train(message: Message, context: Context) -> Message:
     """One round of local training."""
     request = messages.decode_request(message.content)
     site = _site(request.study, context)
-    try:
-        update = _trained(site, request, context)
-    except Exception:
-        if not site.is_unit:
-            raise
-        log.exception("round %d: nothing was learnt here; an update of zero goes out in its place", request.round)
-        update = _nothing(site, request)
+    update = _trained(site, request, context)
     if site.study.secure_aggregation.enabled and not context.node_config.get(flower_masks.BY_AGENT, False):
         masks = flower_masks.FlowerMasks(context, site.study, site.client)
         return Message(masks.masked(request, site.strategy, update), reply_to=message)
@@ -104,35 +101,51 @@ def train(message: Message, context: Context) -> Message:
 
 def _trained(site: Site, request: messages.Request, context: Context) -> Update:
     """The update as it leaves this client but for its masks; the client's memory is in the context."""
-    from fedlearn.learning import local
-    from fedlearn.privacy.site import site_plan
-
     memory = _read_memory(context.state)
-    private = site_plan(site.study, request.round, site.client, site.data.train, rehearsal=False)
-    result = local.fit(
-        site.task,
-        site.model,
-        site.strategy,
-        site.study.train,
-        site.data,
-        place=local.Place(site.study.seed, request.round, site.client),
-        global_model=request.model,
-        shared=request.shared,
-        state=memory.at(request.base) if site.strategy.stateful else {},
-        private=private,
-        engine=site.engine,
-    )
+    state = memory.at(request.base) if site.strategy.stateful else {}
+    learnt = _learnt(site, request, state)
     if site.strategy.stateful:
-        memory.candidates[request.round, request.attempt] = result.state
+        # The server counts on a candidate of every update, also of one in which nothing was learnt.
+        memory.candidates[request.round, request.attempt] = state if learnt is None else learnt.state
         _write_memory(context.state, memory)
-    return apply_on_client(chain_of(site.study, request.shared), result.update)
-
-
-def _nothing(site: Site, request: messages.Request) -> Update:
-    """The update of a client that learnt nothing."""
+    if learnt is not None:
+        return learnt.update
     zeros = {name: np.zeros_like(array) for name, array in request.model.items()}
     update = Update({release.name: zeros for release in site.strategy.releases}, examples=1)
     return apply_on_client(chain_of(site.study, request.shared), update)
+
+
+def _learnt(site: Site, request: messages.Request, state: Arrays) -> FitResult | None:
+    """What training gives; None where an update of zero goes out in its place, because a failure would tell what no budget pays for."""
+    from fedlearn.learning import local
+    from fedlearn.privacy.site import site_plan
+
+    try:
+        private = site_plan(site.study, request.round, site.client, site.data.train, rehearsal=False)
+        result = local.fit(
+            site.task,
+            site.model,
+            site.strategy,
+            site.study.train,
+            site.data,
+            place=local.Place(site.study.seed, request.round, site.client),
+            global_model=request.model,
+            shared=request.shared,
+            state=state,
+            private=private,
+            engine=site.engine,
+        )
+        update = apply_on_client(chain_of(site.study, request.shared), result.update)
+    except Exception:
+        if not site.is_unit:
+            raise
+        log.exception("round %d: nothing was learnt here; an update of zero goes out in its place", request.round)
+        return None
+    # Whether noisy steps leave the range of numbers says something of them. Refused, it would be said free of charge: the agent pays for what leaves.
+    if private is not None and not in_range(update.private.values()):
+        log.warning("round %d: training diverged; an update of zero goes out in its place", request.round)
+        return None
+    return replace(result, update=update)
 
 
 @app.query("check_in")

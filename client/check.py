@@ -125,7 +125,7 @@ def _study(options: AgentOptions) -> str:
     assert guard is not None
     if protects_rows(study):
         name = client_bundle(options).identity.name
-        mine = site_population(study, task_of(study), name, options.data).client(name).train
+        mine = site_population(study, task_of(study), name, options.data, strict=True).client(name).train
         site_plan(
             study, 1, name, mine, rehearsal=True
         )  # refused where there are no rows, or delta is too large for so many

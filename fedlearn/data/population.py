@@ -13,14 +13,12 @@ from fedlearn.data.partition import make_partition
 from fedlearn.data.tables import MISSING
 from fedlearn.errors import DataError
 from fedlearn.learning.population import Population
-from fedlearn.learning.task import Task
+from fedlearn.learning.task import LeftOut, Task
 from fedlearn.privacy.study import protects_rows, task_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    import numpy.typing as npt
 
     from fedlearn.learning.rows import IntArray
     from fedlearn.learning.task import Examples
@@ -53,7 +51,9 @@ def build_population(study: Study, task: Task, source: Path | None = None) -> Po
     return population
 
 
-def site_population(study: Study, task: Task, client_id: str, source: Path | None) -> Population:
+def site_population(
+    study: Study, task: Task, client_id: str, source: Path | None, *, strict: bool = False
+) -> Population:
     """One site's own data as a population of one client.
 
     A file that names clients (a hospital column, say) must hold rows of `client_id`, and only those are used; in a file
@@ -62,6 +62,13 @@ def site_population(study: Study, task: Task, client_id: str, source: Path | Non
 
     Under a privacy plan rows that do not fit the schema are left out, and it is no error that none are left: a failure that depends on the
     rows would tell of them. This site's log says how many fit.
+
+    Args:
+        study: may ask for privacy.
+        task: reads and prepares.
+        client_id: whose data it is.
+        source: the site's file or folder; None for the data that ships with the task.
+        strict: refuse such rows under a plan, too: for the site's own eyes.
 
     Raises:
         DataError: the file is missing, does not fit the schema, or holds no row of this client; or as in `build_population`.
@@ -79,7 +86,7 @@ def site_population(study: Study, task: Task, client_id: str, source: Path | Non
     rows = np.arange(len(examples), dtype=np.int64)
     if examples.client is not None:
         rows = np.flatnonzero(examples.client == client_id).astype(np.int64)
-    if study.privacy is not None:
+    if study.privacy is not None and not strict:
         said = f": {examples.left_out.error.message}" if examples.left_out is not None else ""
         level = logging.WARNING if said or not len(rows) else logging.INFO
         log.log(level, "%s: %d rows of %r fit%s", source, len(rows), client_id, said)
@@ -101,7 +108,7 @@ def _read(study: Study, task: Task, source: Path | None) -> tuple[Task, Examples
     task = task_for(study, task)
     examples = task.load(source)
     if study.privacy is not None and study.privacy.group:
-        check_groups(examples.groups, len(examples), study.privacy.group, source)
+        examples = with_owners(examples, study.privacy.group, source)
     return task, examples
 
 
@@ -110,27 +117,30 @@ def _population(study: Study, task: Task, examples: Examples, rows: Mapping[str,
     return Population(task, examples, rows, study.seed, split.folds, split.fold, by_unit=protects_rows(study))
 
 
-def check_groups(groups: npt.NDArray[np.str_] | None, rows: int, name: str, source: Path | None) -> None:
-    """Refuse data of which some row does not say whose it is.
+def with_owners(examples: Examples, name: str, source: Path | None) -> Examples:
+    """Leave out rows that do not say whose they are: a row without an owner cannot be protected.
 
     Args:
-        groups: of each row, or None where the data names none.
-        rows: how many there are.
+        examples: as they were read.
         name: of the column or array, for the message.
         source: where it was read, likewise.
 
     Raises:
-        DataError: there are no groups, or a row has none.
+        DataError: there are no groups.
     """
     where = source or "the data"
-    if groups is None:
+    if examples.groups is None:
         raise DataError(
             f"{where}: no group column {name!r}, which [privacy] names",
             hint="every row must say whose it is; name the column or array that does in privacy.group",
         )
-    missing = [row for row in range(rows) if str(groups[row]).strip().lower() in MISSING]
-    if missing:
-        raise DataError(
-            f"{where}: group column {name!r}: {len(missing)} of {rows} rows have no id, the first is row {missing[0] + 1}",
-            hint="a row without an owner cannot be protected: fill it in, or leave the row out",
-        )
+    owned = np.array([str(group).strip().lower() not in MISSING for group in examples.groups], dtype=np.bool_)
+    if owned.all():
+        return examples
+    nobodys, before = np.flatnonzero(~owned), examples.left_out
+    error = DataError(
+        f"{where}: group column {name!r}: {len(nobodys)} of {len(examples)} rows have no id, the first is row {nobodys[0] + 1}",
+        hint="a row without an owner cannot be protected: fill it in, or leave the row out",
+    )
+    left_out = LeftOut(len(nobodys), error) if before is None else LeftOut(before.rows + len(nobodys), before.error)
+    return replace(examples.take(np.flatnonzero(owned)), left_out=left_out)

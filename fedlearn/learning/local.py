@@ -7,6 +7,7 @@ The model is functional here: weights are a name-to-tensor mapping that goes in 
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from fedlearn.privacy.dpsgd import GradientEngine
     from fedlearn.privacy.site import SitePlan
     from fedlearn.study import Study, TrainTable
+
+log = logging.getLogger("fedlearn.learning")
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,7 @@ def fit(
         if private is not None and one.name == MAIN:
             trainer.run_privately(private, engine)
         else:
-            for rows in trainer.batches():
-                trainer.step(rows)
+            trainer.run(telling=private is None)
         trained[one.name] = trainer.final()
         if one.name == MAIN and private is None:
             facts = {"loss": trainer.mean_loss, "steps": float(trainer.steps)}
@@ -175,6 +177,21 @@ class LocalTrainer:
     def batches(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
         """Row numbers of each batch; see `batch_rows`."""
         return batch_rows(self._train, self._place, self._pass, len(self._data))
+
+    def run(self, *, telling: bool = True) -> None:
+        """All steps of the pass.
+
+        Args:
+            telling: raise what the task's own code raises. Otherwise such a batch is passed over: under a plan a pass beside the private one
+                (Ditto's personal model) may not show what the rows hold either.
+        """
+        for rows in self.batches():
+            try:
+                self.step(rows)
+            except Exception:
+                if telling:
+                    raise
+                log.exception("pass %r: a batch of %d rows counts as nothing", self._pass, len(rows))
 
     def step(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         """One optimiser step on the mean loss of a batch."""

@@ -8,7 +8,7 @@ own are looked at, and that is told.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from fedlearn.learning.task import Batch
 if TYPE_CHECKING:
     import torch
 
+    from fedlearn.arrays import Arrays
     from fedlearn.learning.rows import IntArray
 
 log = logging.getLogger("fedlearn.privacy")
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 STAND_INS: Final = 8
 """Rows of nobody that a model is tried on."""
+LARGEST: Final = float(np.finfo(np.float32).max)
+"""Of an update's numbers, in float64 too: their squares can still be added up."""
 
 
 def where_it_works(rows: IntArray, work: Callable[[IntArray], T]) -> Iterator[tuple[IntArray, T]]:
@@ -56,6 +59,15 @@ def where_it_works(rows: IntArray, work: Callable[[IntArray], T]) -> Iterator[tu
         yield some, done
     if out:
         log.warning("%d of %d rows count as nothing; on the first the task's own code raised %s", out, len(rows), first)
+
+
+def in_range(update: Iterable[Arrays]) -> bool:
+    """Whether all numbers of an update are finite, and within `LARGEST`, so that nothing on their way out refuses them.
+
+    Args:
+        update: the arrays of each release.
+    """
+    return all(float(np.abs(array).max(initial=0)) <= LARGEST for arrays in update for array in arrays.values())
 
 
 def stand_ins(like: Batch) -> Batch:

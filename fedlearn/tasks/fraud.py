@@ -35,6 +35,9 @@ PRIOR: Final = 0.01
 FOCUS: Final = 2.0
 """Focal loss' gamma (Lin et al. 2017, equation 4)."""
 
+LATEST_S: Final = 1e10
+"""300 years. Times and groups become one whole number of 64 bits: were one payment's time any, others' features could wrap around."""
+
 CUSTOMER: Final = "customer"
 COLUMNS: Final = ("time_s", CUSTOMER, "terminal", "amount", "fraud")
 
@@ -180,7 +183,7 @@ def _examples(
 
 def _own_payments(path: Path, *, apart: bool) -> Examples:
     table = read_table(path, COLUMNS, keep_others=True)
-    time_s = table.numbers("time_s", low=0, high=1e12, required=True).astype(np.int64)
+    time_s = table.numbers("time_s", low=0, high=LATEST_S, required=True).astype(np.int64)
     customer, terminal = table.text(CUSTOMER), table.text("terminal")
     amount = table.numbers("amount", low=0, high=1e12, required=True)
     fraud = table.codes("fraud", ("0", "1"), required=True).astype(np.int64)

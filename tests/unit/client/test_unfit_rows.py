@@ -52,14 +52,21 @@ def study_of(privacy, reading):
     )
 
 
-def ask(study, data, exchange):
+def context_of(data):
+    return Context(1, 5, {"client-id": SITE, "data": str(data)}, RecordDict(), {})
+
+
+def ask(study, data, exchange, context=None, at=(1, 1), base=None):
     """What the app answers."""
     flower.ensure_identity(7)
     model = initial_weights(task_of(study), study)
-    shared = {CLIP: np.array(1.0)} if study.privacy is not None and study.privacy.unit == "client" else {}
-    work = Work(1, 1, (SITE,), model, shared, broadcast_digest(ServerState(model, shared)), {}, 60.0)
+    shared = dict(load_app().strategy(study.strategy.name, study.strategy.options).server_init(model).shared)
+    if study.privacy is not None and study.privacy.unit == "client":
+        shared[CLIP] = np.array(1.0)
+    bases = {} if base is None else {SITE: base}
+    work = Work(*at, (SITE,), model, shared, broadcast_digest(ServerState(model, shared)), bases, 60.0)
     content = messages.RequestEncoder("run", study.to_json(), load_app().digest).encode(exchange, work)[SITE]
-    context = Context(1, 5, {"client-id": SITE, "data": str(data)}, RecordDict(), {})
+    context = context or context_of(data)
     return client_app.app(Message(content, 5, messages.MESSAGE_TYPES[exchange]), context).content
 
 
@@ -111,3 +118,43 @@ def test_a_client_that_is_the_unit_and_fails_sends_an_update_of_zero(tmp_path, m
     assert update.private[UNCLIPPED][COUNT].tolist() == [1.0]
     assert "updates of zero" in caplog.text or "an update of zero" in caplog.text
     client_app._warm_site.cache_clear()
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "ditto"])
+def test_noise_that_leaves_the_range_of_numbers_is_an_answer_like_any_other(tmp_path, strategy):
+    """A refusal is free: a learning rate at the edge of the range would ask for the sign of noisy gradients as often as one likes."""
+    data = tmp_path / "site.csv"
+    data.write_text("age,sick\n60,yes\n40,no\n")
+    table = RECORD + "sampling_rate = 1.0\nunits = 1\nsteps = 1\n"
+    study = study_of(table, {"hidden": "[]"}).with_overrides([f"strategy.name={strategy}", "train.lr=3e38"])
+    context, zeros = context_of(data), 0
+    for number in range(1, 13):
+        asked = {"at": (number, 1), "base": (number - 1, 1) if number > 1 and strategy != "fedavg" else None}
+        update = messages.decode_update(ask(study, data, Exchange.TRAIN, context, **asked))
+        assert all(np.isfinite(a).all() for arrays in update.private.values() for a in arrays.values())
+        zeros += not any(array.any() for array in update.private["delta"].values())
+    assert zeros > 0
+
+
+def test_a_failure_costs_a_client_that_is_the_unit_one_update_and_not_its_memory(tmp_path, monkeypatch):
+    data = tmp_path / "site.csv"
+    data.write_text("age,sick\n60,yes\n40,no\n")
+    study = study_of(CLIENT, {}).with_overrides(["strategy.name=scaffold"])
+    context, moved = context_of(data), []
+    for number in (1, 2):
+        with monkeypatch.context() as patch:
+            if number == 1:
+                patch.setattr("fedlearn.learning.local.fit", lambda *_, **__: 1 // 0)
+            base = (1, 1) if number == 2 else None
+            update = messages.decode_update(ask(study, data, Exchange.TRAIN, context, (number, 1), base))
+        moved.append(any(array.any() for array in update.private["delta"].values()))
+    assert moved == [False, True]
+
+
+def test_a_pass_beside_the_private_one_does_not_tell_of_its_rows_either(tmp_path, monkeypatch, caplog):
+    data = tmp_path / "site.csv"
+    data.write_text("age,sick\n60,yes\n40,no\n")
+    monkeypatch.setattr("fedlearn.learning.local.LocalTrainer.step", lambda *_: 1 // 0)  # the private pass has its own
+    with caplog.at_level(logging.ERROR):
+        ask(study_of(RECORD, {}).with_overrides(["strategy.name=ditto"]), data, Exchange.TRAIN)
+    assert "'personal': a batch of 2 rows counts as nothing" in caplog.text

@@ -140,17 +140,25 @@ def test_delta_is_of_people_not_of_rows(path):
 
 
 @pytest.mark.parametrize("missing", ["", "?", "NA", "nan"])
-def test_a_row_that_is_nobodys_is_refused_when_it_is_read(path, missing):
+def test_a_row_that_is_nobodys_is_refused_and_left_out_where_a_server_asks(path, missing):
+    """Were it a failure there, options that make it fit or not would ask what is in it."""
+    before = site_population(study_of(path), task_of(study_of(path)), "east", path).examples
     lines = path.read_text().splitlines()
     lines[5] = re.sub(r",p\d+,", f",{missing},", lines[5])
     path.write_text("\n".join(lines) + "\n")
     study = study_of(path)
     for read in (
         lambda: build_population(study, task_of(study)),
-        lambda: site_population(study, task_of(study), "east", path),
+        lambda: site_population(study, task_of(study), "east", path, strict=True),
     ):
         with pytest.raises(DataError, match="1 of 180 rows have no id, the first is row 5"):
             read()
+    others = np.delete(np.arange(len(before)), 4)
+    found = site_population(study, task_of(study), "east", path).examples
+    assert found.left_out is not None
+    assert found.left_out.rows == 1
+    for name in ("x", "y", "client", "groups"):
+        assert np.array_equal(getattr(found, name), getattr(before, name)[others])
 
 
 def test_a_column_that_is_not_there_is_refused(path):

@@ -56,6 +56,9 @@ def test_a_bank_with_its_own_file_computes_what_the_simulation_does(tmp_path, da
     path.write_text("time_s,customer,terminal,amount,fraud\n1,a,b,-3,0\n")
     with pytest.raises(DataError, match="column 'amount', line 2: got '-3'"):
         SMALL.load(path).whole()
+    path.write_text("time_s,customer,terminal,amount,fraud\n100000000000,a,b,3,0\n")
+    with pytest.raises(DataError, match=r"column 'time_s', line 2: .* from 0 to 1e\+10"):
+        SMALL.load(path).whole()  # it would leave others' features no room in 64 bits
     path.write_text("time_s,customer,terminal,amount,fraud\n1,a,b,3,yes\n")
     with pytest.raises(DataError, match="column 'fraud', line 2"):
         SMALL.load(path).whole()

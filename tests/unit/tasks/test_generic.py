@@ -204,6 +204,11 @@ def test_a_folder_of_images(tmp_path):
     (tmp_path / "dog" / "2.png").write_text("broken")
     with pytest.raises(DataError, match=r"2\.png: cannot be read as an image"):
         task.load(tmp_path).whole()
+    (tmp_path / "dog" / "2.png").unlink()
+    Image.new("LAB", (20, 10)).save(tmp_path / "dog" / "3.tif")  # Pillow raises ValueError where it cannot convert
+    found = task.load(tmp_path)
+    assert (len(found), found.left_out.rows) == (2, 1)
+    (tmp_path / "dog" / "3.tif").unlink()
     (tmp_path / "cow").mkdir()
     with pytest.raises(DataError, match="got the subfolders cat, cow, dog, expected cat, dog, owl"):
         task.load(tmp_path)
