@@ -188,6 +188,7 @@ def evaluate(message: Message, context: Context) -> Message:
     site = _site(request.study, context)
     check_may_score(site.study)
     if is_charged(site.study):
+        _ = site.engine  # refuses a model that mixes rows, as training does: one row would change all of what is scored
         at = (request.round, site.client)
         cells = local.evaluate_noisily(
             site.task, site.model, site.study, site.data.test, request.model, at, rehearsal=False

@@ -281,10 +281,12 @@ def gradient_engine(task: Task, model: torch.nn.Module, train: TrainTable, like:
 
     engine, nobody = engine_for(model), stand_ins(like)
     trainer = LocalTrainer(task, model, train, nobody, Place(0, 0, ""), MAIN)
-    model.to(torch.float64 if train.precision == "float64" else torch.float32).train()
+    model.to(torch.float64 if train.precision == "float64" else torch.float32)
     try:
         with torch.no_grad():
-            check_apart(lambda rows: trainer.losses(rows, seed=0), len(nobody))
+            for training in (False, True):  # it is evaluated, too
+                model.train(training)
+                check_apart(lambda rows: trainer.losses(rows, seed=0), len(nobody))
         engine.check(lambda: trainer.losses(np.arange(len(nobody), dtype=np.int64), seed=0))
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedError(

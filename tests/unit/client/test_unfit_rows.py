@@ -6,11 +6,12 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Context, Message, RecordDict
 
 from client import app as client_app
 from fedlearn.app import load_app
-from fedlearn.errors import DataError
+from fedlearn.errors import DataError, UnsupportedError
 from fedlearn.learning import messages
 from fedlearn.learning.backend import Exchange, Work
 from fedlearn.learning.checkpoint import broadcast_digest
@@ -18,6 +19,7 @@ from fedlearn.learning.local import initial_weights
 from fedlearn.learning.strategy import ServerState
 from fedlearn.learning.update import UNCLIPPED
 from fedlearn.link import flower
+from fedlearn.models.tabular import TabularNet
 from fedlearn.privacy.clipping import COUNT
 from fedlearn.privacy.study import CLIP
 from fedlearn.study import parse_study
@@ -158,3 +160,19 @@ def test_a_pass_beside_the_private_one_does_not_tell_of_its_rows_either(tmp_path
     with caplog.at_level(logging.ERROR):
         ask(study_of(RECORD, {}).with_overrides(["strategy.name=ditto"]), data, Exchange.TRAIN)
     assert "'personal': a batch of 2 rows counts as nothing" in caplog.text
+
+
+@pytest.mark.parametrize("exchange", [Exchange.EVALUATE, Exchange.TRAIN])
+@pytest.mark.parametrize("mode", ["always", "in training", "in evaluation"])
+def test_a_model_that_mixes_rows_is_refused_whatever_is_asked_first(tmp_path, monkeypatch, exchange, mode):
+    """In an evaluation one row more would change how all are scored, and the noise is for one."""
+    data, forward = tmp_path / "site.csv", TabularNet.forward
+    data.write_text(ROWS)
+
+    def mixed(self, x):
+        mixes = mode == "always" or self.training == (mode == "in training")
+        return forward(self, x) + (x.max() if mixes else 0) * x[:, :1] * torch.tensor([1.0, -1.0, 0.0])
+
+    monkeypatch.setattr(TabularNet, "forward", mixed)
+    with pytest.raises(UnsupportedError, match="depends on which rows are beside it"):
+        ask(study_of(RECORD, {}), data, exchange)
